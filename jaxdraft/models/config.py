@@ -1,0 +1,87 @@
+"""The shape of a decoder. Llama and Phi-3 differ in numbers and in the names of their files, not in classes."""
+
+import dataclasses
+from typing import Literal
+
+from jaxdraft.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and constants of a Llama- or Phi-3-style decoder.
+
+    Attributes:
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated MLP.
+      num_layers: number of blocks.
+      num_heads: query heads.
+      num_kv_heads: key/value heads; a divisor of ``num_heads`` (grouped-query attention).
+      vocab_size: rows of the embedding table. ``None`` in a draft's shape means "the target's".
+      head_dim: width of one head; ``None`` means ``hidden_size // num_heads``.
+      family: decides the names and the fusing of weights in a Hugging Face folder.
+      rope_theta: base of the rotary embedding.
+      rms_norm_eps: added to the mean square in RMSNorm.
+      tie_embeddings: the output head is the embedding table.
+      max_positions: longest sequence the model is meant for, prompt and answer together.
+      bos_id: token that starts a document, if any.
+      eos_ids: tokens that end a text.
+
+    Raises:
+      ConfigError: a size is not positive or heads do not divide.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int | None = None
+    head_dim: int | None = None
+    family: Literal["llama", "phi3"] = "llama"
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    max_positions: int = 2048
+    bos_id: int | None = 1
+    eos_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self):
+        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive")
+        if self.vocab_size is not None and self.vocab_size <= 0:
+            raise ConfigError(f"vocab_size is {self.vocab_size}: it must be positive, or None for the target's")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads}), or set head_dim"
+            )
+        if self.head_size % 2:
+            raise ConfigError(f"head_dim ({self.head_size}) must be even: rotary embeddings turn pairs")
+        if self.family == "phi3" and self.head_size * self.num_heads != self.hidden_size:
+            raise ConfigError("family phi3 has no key for head_dim: it must be hidden_size / num_heads")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def vocabulary(self) -> int:
+        """``vocab_size``, once it is known.
+
+        Raises:
+          ConfigError: the shape still waits for its target's vocabulary.
+        """
+        if self.vocab_size is None:
+            raise ConfigError("vocab_size is not set: take the target's with dataclasses.replace(config, vocab_size=…)")
+        return self.vocab_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model; a tied table counts once."""
+        attention = self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_kv_heads)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        tables = self.vocabulary * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return tables + self.num_layers * block + self.hidden_size

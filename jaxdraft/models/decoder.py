@@ -1,0 +1,205 @@
+"""The decoder: one Flax Linen module for Llama and Phi-3, used as a pure function.
+
+Training runs one scanned block over stacked layers; decoding runs the same block once per layer over unstacked
+weights, so that the while-loop around it reads every weight and every cache where it lies.
+
+Shapes: B batch, T tokens, S cache slots, D hidden, N query heads, K key/value heads, H head size, F intermediate,
+V vocabulary.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxdraft.models.cache import KVCache, write
+from jaxdraft.models.config import ModelConfig
+from jaxdraft.models.rope import rope_angles, rotate
+
+Params = Mapping[str, Any]
+
+
+def compute_dtype() -> jnp.dtype:
+    """bfloat16 on accelerators; float32 on CPU, where one-row bfloat16 matmuls run at a tenth of the speed."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+class Block(nn.Module):
+    """Attention and gated MLP, each behind an RMSNorm and a residual connection."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, cos, sin, positions_BT, mask_BTS, cache=None):
+        c = self.config
+        D, N, K, H, F = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_size, c.intermediate_size
+
+        h_BTD = rms_norm(x_BTD, self._weight("attn_norm", (D,), ("norm",)), c.rms_norm_eps)
+        q_BTNH = jnp.einsum("btd,dnh->btnh", h_BTD, self._weight("wq", (D, N, H), ("embed", "heads", None)))
+        k_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self._weight("wk", (D, K, H), ("embed", "kv_heads", None)))
+        v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self._weight("wv", (D, K, H), ("embed", "kv_heads", None)))
+        q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
+        if cache is not None:
+            cache = write(cache[0], k_BTKH, positions_BT), write(cache[1], v_BTKH, positions_BT)
+            k_BTKH, v_BTKH = cache
+        o_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None])
+        x_BTD += jnp.einsum("btnh,nhd->btd", o_BTNH, self._weight("wo", (N, H, D), ("heads", None, "embed")))
+
+        h_BTD = rms_norm(x_BTD, self._weight("mlp_norm", (D,), ("norm",)), c.rms_norm_eps)
+        gate_BTF = jnp.einsum("btd,df->btf", h_BTD, self._weight("w_gate", (D, F), ("embed", "mlp")))
+        up_BTF = jnp.einsum("btd,df->btf", h_BTD, self._weight("w_up", (D, F), ("embed", "mlp")))
+        w_down = self._weight("w_down", (F, D), ("mlp", "embed"))
+        x_BTD += jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, w_down)
+        return nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache
+
+    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+        init = nn.initializers.ones if len(shape) == 1 else _matrix_init(self.config, name)
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(self.dtype)
+
+
+class Decoder(nn.Module):
+    """A Llama or Phi-3 decoder without its output head.
+
+    The module is hashable and holds no array: pass it to ``jax.jit`` as a static argument and its parameters as a
+    traced one.
+
+    Attributes:
+      config: the shape.
+      dtype: of activations and of the weights where they are used; ``None`` takes ``compute_dtype()``.
+      scan: run one scanned block over stacked layers (``params["layers"]``), or every block by itself over the
+        parameters that ``for_decoding`` unstacks. A cache needs ``scan=False``.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    config: ModelConfig
+    dtype: Any = None
+    scan: bool = True
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Hidden states after the last norm, ``[B, T, D]``; with a cache, ``(hidden, cache)``.
+
+        Args:
+          tokens_BT: token ids.
+          positions_BT: of each token in its document. Without a cache they only turn the rotary embedding, and
+            attention is causal in the order of the row. With a cache they are also the slots written to.
+          segment_ids_BT: without a cache, tokens attend only within their own segment; ``None`` is one segment.
+          cache: keys and values seen so far.
+
+        Raises:
+          ValueError: a cache with ``scan=True``.
+        """
+        c, dtype = self.config, self.dtype or compute_dtype()
+        if cache is not None and self.scan:
+            raise ValueError("a cache needs Decoder(config, scan=False) and the parameters of for_decoding()")
+        table = self.param(
+            "embed",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed_table")),
+            (c.vocabulary, c.hidden_size),
+            jnp.float32,
+        )
+        if not c.tie_embeddings:
+            head_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
+            self.param("head", head_init, (c.hidden_size, c.vocabulary), jnp.float32)
+        x_BTD = nn.with_logical_constraint(jnp.take(table, tokens_BT, axis=0).astype(dtype), ("batch", None, None))
+        cos, sin = rope_angles(positions_BT, c.head_size, c.rope_theta)
+        if cache is None:
+            mask_BTS = _causal_mask(tokens_BT.shape, segment_ids_BT)
+        else:
+            mask_BTS = jnp.arange(cache.k[0].shape[1]) <= positions_BT[:, :, None]
+
+        if self.scan:
+            x_BTD, _ = self._scanned(dtype)(x_BTD, cos, sin, positions_BT, mask_BTS)
+        else:
+            caches = []
+            for i in range(c.num_layers):
+                layer = None if cache is None else (cache.k[i], cache.v[i])
+                x_BTD, layer = Block(c, dtype, name=f"layers_{i}")(x_BTD, cos, sin, positions_BT, mask_BTS, layer)
+                caches.append(layer)
+            if cache is not None:
+                cache = KVCache(*(tuple(part) for part in zip(*caches, strict=True)))
+
+        norm_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        norm = self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
+        x_BTD = rms_norm(x_BTD, norm.astype(dtype), c.rms_norm_eps)
+        return x_BTD if cache is None else (x_BTD, cache)
+
+    def _scanned(self, dtype):
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.num_layers,
+            in_axes=nn.broadcast,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(self.config, dtype, name="layers")
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) · scale, the statistics in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
+    x32 = x_BTD.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return normed.astype(x_BTD.dtype) * scale_D
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 parameters with stacked layers: normal(0.02), output projections scaled by 1/sqrt(2·layers)."""
+    return nn.unbox(init_boxed(config, key))
+
+
+def init_boxed(config: ModelConfig, key: jax.Array) -> Any:
+    """Parameters boxed with their logical axes, as ``sharding.param_shardings`` wants them."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config, dtype=jnp.float32).init(key, one, one)["params"]
+
+
+def head_weight(config: ModelConfig, params: Params) -> jax.Array:
+    """The output head ``[D, V]``: the transposed embedding table where they are tied."""
+    return params["embed"].T if config.tie_embeddings else params["head"]
+
+
+def logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """``[B, T, V]`` in float32: rounding logits to bfloat16 makes ties."""
+    return jnp.einsum(
+        "btd,dv->btv", hidden_BTD, head_DV.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def for_decoding(config: ModelConfig, params: Params, dtype: Any = None) -> dict[str, Any]:
+    """Parameters with ``layers`` unstacked into ``layers_0``, ``layers_1``, … for ``Decoder(config, scan=False)``.
+
+    Args:
+      config: the shape.
+      params: with stacked layers.
+      dtype: cast to it; ``None`` takes ``compute_dtype()``.
+    """
+    dtype = dtype or compute_dtype()
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), dict(params))
+    layers = params.pop("layers")
+    return params | {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.num_layers)}
+
+
+def _matrix_init(config: ModelConfig, name: str):
+    scale = 0.02 / (2 * config.num_layers) ** 0.5 if name in ("wo", "w_down") else 0.02
+    return nn.initializers.normal(scale)
+
+
+def _causal_mask(shape: tuple[int, ...], segment_ids_BT: jax.Array | None) -> jax.Array:
+    causal_1TT = jnp.tril(jnp.ones((shape[1], shape[1]), bool))[None]
+    if segment_ids_BT is None:
+        return jnp.broadcast_to(causal_1TT, (shape[0], *causal_1TT.shape[1:]))
+    return causal_1TT & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
