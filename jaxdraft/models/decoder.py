@@ -174,9 +174,7 @@ def head_weight(config: ModelConfig, params: Params) -> jax.Array:
 
 def logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
     """``[B, T, V]`` in float32: rounding logits to bfloat16 makes ties."""
-    return jnp.einsum(
-        "btd,dv->btv", hidden_BTD, head_DV.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
 
 
 def for_decoding(config: ModelConfig, params: Params, dtype: Any = None) -> dict[str, Any]:
@@ -188,9 +186,9 @@ def for_decoding(config: ModelConfig, params: Params, dtype: Any = None) -> dict
       dtype: cast to it; ``None`` takes ``compute_dtype()``.
     """
     dtype = dtype or compute_dtype()
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), dict(params))
-    layers = params.pop("layers")
-    return params | {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.num_layers)}
+    cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), dict(params))
+    layers = cast.pop("layers")
+    return cast | {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.num_layers)}
 
 
 def _matrix_init(config: ModelConfig, name: str):

@@ -127,9 +127,7 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Params]:
             return {names[0]: tensor}
         splits = np.cumsum([np.prod(shape[row.in_axes :]) for shape in parts.values()])[:-1]
         pieces = np.split(tensor, splits.astype(int), axis=0)
-        return {
-            name: piece.T.reshape(shape) for (name, shape), piece in zip(parts.items(), pieces, strict=True)
-        }
+        return {name: piece.T.reshape(shape) for (name, shape), piece in zip(parts.items(), pieces, strict=True)}
 
     params: dict[str, Any] = {}
     for row in _outer_table(config):
@@ -147,7 +145,7 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Params]:
 
 
 def save_model(folder: str | Path, config: ModelConfig, params: Params, dtype: Any = jnp.float32) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` so that transformers 4 and 5 and the engines read the same model.
+    """Writes ``config.json`` and ``model.safetensors`` such that transformers 4 and 5 and engines read the same model.
 
     Args:
       folder: made if it does not exist.

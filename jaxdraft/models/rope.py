@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split layout that Hugging Face checkpoints use (Su et al., arXiv 2104.09864)."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in the half-split layout of Hugging Face checkpoints."""
 
 import jax
 import jax.numpy as jnp

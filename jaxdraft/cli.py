@@ -1,0 +1,207 @@
+"""The command line: verbs and nothing else. What a verb needs is imported when it is used."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxdraft import __version__
+from jaxdraft.errors import ConfigError, Interrupted
+
+DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
+
+RUN_EXAMPLE = """examples:
+  jaxdraft run quickstart --workdir runs/quickstart
+  jaxdraft run configs/tinystories.py --workdir runs/mine --set target.path=MODEL_FOLDER --set text.path=FILE.txt
+  jaxdraft run quickstart --workdir runs/quickstart --set seed=1 --set distill-kl.steps=50
+  jaxdraft run quickstart --workdir runs/quickstart --list
+
+The same command again does only what is missing, and goes on where it was interrupted."""
+EVALUATE_EXAMPLE = """example:
+  jaxdraft evaluate --target TARGET_FOLDER --draft DRAFT_FOLDER --prompts prompts.jsonl --block-sizes 3,5 --out results
+
+prompts.jsonl holds a line per prompt: {"prompt": "text"}, {"messages": [...]} or {"tokens": [...]}."""
+SAMPLE_EXAMPLE = """example:
+  jaxdraft sample --target TARGET_FOLDER --draft DRAFT_FOLDER --prompt "Once upon a time" --block-size 5"""
+EXPORT_EXAMPLE = """example:
+  jaxdraft export --run runs/quickstart --stage distill-tvdpp --out my-draft --dtype bfloat16"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 error, 2 configuration, 75 run it again."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    _keep_compiled_programs()
+    try:
+        options.verb(options, ["jaxdraft", *arguments])
+    except ConfigError as error:
+        return _fail(WRONG, str(error))
+    except Interrupted as error:
+        return _fail(RESUME, str(error))
+    except KeyboardInterrupt:
+        return _fail(RESUME, "stopped; the same command goes on from here")
+    except OSError as error:
+        return _fail(ERROR, str(error))
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxdraft",
+        description="Makes a draft model for your target: pretrains, distils, measures and exports it.",
+        epilog="jaxdraft VERB --help explains a verb, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"jaxdraft {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, action, what: str, example: str) -> argparse.ArgumentParser:
+        formatter = argparse.RawDescriptionHelpFormatter
+        sub = verbs.add_parser(name, help=what, description=what, epilog=example, formatter_class=formatter)
+        sub.set_defaults(verb=action)
+        return sub
+
+    run = verb("run", _run, "run what is missing of a recipe", RUN_EXAMPLE)
+    run.add_argument("recipe", help="a recipe file, or the name of one in configs/")
+    run.add_argument("--workdir", type=Path, required=True, help="the run directory, for all that is made")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be given repeatedly"
+    )
+    run.add_argument("--only", action="append", default=[], metavar="STAGE", help="run only this stage (repeatable)")
+    run.add_argument("--list", action="store_true", help="list the stages and their state, and stop")
+    run.add_argument("--dry-run", action="store_true", help="say what would run and with which settings, and stop")
+
+    evaluate = verb("evaluate", _evaluate, "measure a draft for a target, both Hugging Face folders", EVALUATE_EXAMPLE)
+    _add_pair(evaluate, draft_required=True)
+    evaluate.add_argument("--prompts", type=Path, required=True, help="JSONL file of prompts")
+    evaluate.add_argument("--task", help="name of the task in the results (default: name of the prompts file)")
+    evaluate.add_argument("--block-sizes", type=_integers, default=(3, 5), metavar="3,5", help="γ (default: 3,5)")
+    _add_decoding(evaluate)
+    evaluate.add_argument("--limit", type=_positive, help="take only the first so many prompts")
+    evaluate.add_argument("--batch-size", type=_positive, default=1, help="prompts decoded at once (default: 1)")
+    evaluate.add_argument("--out", type=Path, required=True, help="gets results.json and samples.jsonl")
+
+    sample = verb("sample", _sample, "write text, the draft's accepted tokens coloured, and the speed", SAMPLE_EXAMPLE)
+    _add_pair(sample, draft_required=False)
+    sample.add_argument("--prompt", required=True, help="text to continue")
+    sample.add_argument("--block-size", type=_positive, default=5, help="draft tokens per block (default: 5)")
+    _add_decoding(sample)
+
+    export = verb("export", _export, "write a stage's model as a Hugging Face folder", EXPORT_EXAMPLE)
+    export.add_argument("--run", type=Path, required=True, help="a run directory")
+    export.add_argument("--stage", required=True, help="a Train stage of it")
+    export.add_argument("--out", type=Path, required=True, help="the folder to write")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    export.add_argument("--evaluation", help="an Evaluate stage whose figures go into the model card")
+    export.add_argument("--block-size", type=_positive, default=5, help="for assisted generation (default: 5)")
+    return parser
+
+
+def _add_pair(parser: argparse.ArgumentParser, draft_required: bool) -> None:
+    parser.add_argument("--target", type=Path, required=True, help="Hugging Face folder of the model to speed up")
+    parser.add_argument("--draft", type=Path, required=draft_required, help="Hugging Face folder of the draft")
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, everything)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=128, help="per prompt (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+
+def _run(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.recipe import load_recipe
+    from jaxdraft.run import plan_all, run
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.list or options.dry_run:
+        for plan in plan_all(recipe, options.workdir):
+            print(f"{plan.stage.name:<20} {type(plan.stage).__name__:<15} {plan.state:<11} {plan.reason}")
+            if options.dry_run and plan.state != "done":
+                print(f"    {plan.stage}")
+        return
+    report = run(recipe, options.workdir, options.only, command)
+    if report is not None:
+        print(report)
+
+
+def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.evaluate.command import evaluate_pair
+
+    evaluate_pair(
+        target=options.target,
+        draft=options.draft,
+        prompts=options.prompts,
+        task=options.task or options.prompts.stem,
+        block_sizes=options.block_sizes,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        limit=options.limit,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        out=options.out,
+    )
+
+
+def _sample(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.evaluate.command import sample
+
+    sample(
+        target=options.target,
+        draft=options.draft,
+        prompt=options.prompt,
+        block_size=options.block_size,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+
+
+def _export(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.export import export_stage
+
+    export_stage(
+        options.run,
+        options.stage,
+        options.out,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        evaluation=options.evaluation,
+    )
+    print(options.out)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers with commas, as in 3,5") from None
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: block sizes are at least 1")
+    return values
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 1")
+    return int(text)
+
+
+def _keep_compiled_programs() -> None:
+    """XLA's compilations are kept between runs, where the user has not said otherwise."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/jaxdraft/xla").expanduser()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"jaxdraft: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

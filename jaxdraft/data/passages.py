@@ -1,0 +1,96 @@
+"""Any text, cut into passages that are trained on, asked about, or held out.
+
+A passage is a run of whole lines. Which split it belongs to depends on its own words alone, so that text added to a
+corpus moves nothing from one split to another.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jaxdraft.data.prompts import Prompt
+from jaxdraft.data.sources import Text
+from jaxdraft.errors import ConfigError
+from jaxdraft.tokenizers import Tokenizer
+
+Split = Literal["train", "seed", "eval"]
+_OF_SIXTEEN: dict[str, range] = {"eval": range(1), "seed": range(1, 5), "train": range(5, 16)}
+
+
+@dataclass(frozen=True)
+class Passages:
+    """The passages of one split: "train" (11/16), "seed" (4/16, for `Generate`) or "eval" (1/16, for `Evaluate`).
+
+    Attributes:
+      text: where the text is from.
+      characters: a passage ends with the line that brings it to this many.
+    """
+
+    text: Text
+    split: Split = "train"
+    characters: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.split not in get_args(Split):
+            raise ConfigError(f"split={self.split!r}: must be one of {', '.join(get_args(Split))}")
+        if self.characters < 1:
+            raise ConfigError(f"characters is {self.characters}: it must be positive")
+
+    def documents(self) -> Iterator[str]:
+        for document in self.text.documents():
+            for passage in _passages(document, self.characters):
+                if hashlib.sha256(passage.encode()).digest()[0] % 16 in _OF_SIXTEEN[self.split]:
+                    yield passage
+
+    def fingerprint(self) -> str:
+        return self.text.fingerprint()
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """The first tokens of each passage as a prompt, its rest as the reference.
+
+    Attributes:
+      passages: whose beginnings are taken.
+      tokens: of each prompt, BOS included; shorter passages are left out.
+      limit: at most this many prompts.
+    """
+
+    passages: Passages
+    tokens: int = 16
+    limit: int | None = None
+
+    def prompts(self, tokenizer: Tokenizer) -> list[Prompt]:
+        """Raises ConfigError where no passage of the split is long enough."""
+
+        def each() -> Iterator[Prompt]:
+            for number, passage in enumerate(self.passages.documents()):
+                ids = tokenizer.encode(passage)
+                if len(ids) > self.tokens:
+                    beginning, rest = ids[: self.tokens], ids[self.tokens :]
+                    name = f"{self.passages.split}:{number}"
+                    yield Prompt(name, tuple(beginning), tokenizer.decode(beginning), tokenizer.decode(rest))
+
+        prompts = list(itertools.islice(each(), self.limit))
+        if not prompts:
+            raise ConfigError(
+                f"{self.passages.text.path}: no {self.passages.split} passage of more than {self.tokens} tokens; "
+                "give a longer text"
+            )
+        return prompts
+
+    def fingerprint(self) -> str:
+        return self.passages.fingerprint()
+
+
+def _passages(document: str, characters: int) -> Iterator[str]:
+    passage = ""
+    for line in document.splitlines(keepends=True):
+        passage += line
+        if len(passage) >= characters:
+            yield passage.strip()
+            passage = ""
+    if passage.strip():
+        yield passage.strip()

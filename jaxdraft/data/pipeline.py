@@ -1,0 +1,240 @@
+"""Documents to packed rows, and packed rows to batches.
+
+Packing happens once, with grain. Batches are then a pure function of (seed, step) by random access: there is no
+iterator to save, so restarts, seeks and other numbers of processes give the same data.
+
+Shapes: B rows per batch (per process), L row length.
+"""
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.tokenizers import Tokenizer
+
+_ENCODE_BATCH = 64  # documents tokenised at once
+_PACKING_BINS = 64  # rows held open by first-fit packing
+_MAX_DENOMINATOR = 1000  # weights are read as fractions with at most this denominator
+
+Row = dict[str, np.ndarray]
+
+
+class _Elements(grain.IterDataset):
+    """A Python iterable as a grain dataset: read once, in order, without checkpoints."""
+
+    def __init__(self, elements: Iterable[Row]):
+        super().__init__()
+        self._elements = elements
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _ElementsIterator(iter(self._elements))
+
+
+class _ElementsIterator(grain.DatasetIterator):
+    def __init__(self, elements: Iterator[Row]):
+        super().__init__()
+        self._elements = elements
+
+    def __next__(self) -> Row:
+        return next(self._elements)
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError("packing is done in one go; it is never resumed in the middle")
+
+
+def pack_concatenate(
+    documents: Iterable[str], tokenizer: Tokenizer, length: int, counts: Counter[str] | None = None
+) -> Iterator[Row]:
+    """Tokenise, append EOS, concatenate and cut into rows of `length` (Direct Alignment, appendix A.4).
+
+    Each document is encoded as when serving (BOS where the tokenizer adds one). No padding: the tokens after the last
+    full row are dropped. A document cut by a row's end goes on as the first segment of the next row.
+
+    Args:
+      counts: gets `documents`, `tokens` and `dropped_tokens`.
+    Yields:
+      rows of `tokens` int32[L], `segment_ids` int32[L] (1..), `loss_mask` uint8[L] (0 only at a segment's first token).
+    """
+    if tokenizer.eos_id is None:
+        raise ConfigError(f"{tokenizer.folder}: the tokenizer names no eos_token, which separates documents")
+    counts = Counter() if counts is None else counts
+
+    def elements() -> Iterator[Row]:
+        remaining = iter(documents)
+        while texts := list(itertools.islice(remaining, _ENCODE_BATCH)):
+            for ids in tokenizer.encode_batch(texts):
+                counts["documents"] += 1
+                counts["tokens"] += len(ids) + 1
+                yield {"tokens": np.array([*ids, tokenizer.eos_id], np.int32)}
+
+    packed = grain.experimental.ConcatThenSplitIterDataset(_Elements(elements()), length_struct={"tokens": length})
+    kept = 0
+    for row in packed:
+        segment_ids = row["tokens_segment_ids"]
+        if segment_ids[-1] == 0:
+            break
+        kept += length
+        yield {
+            "tokens": row["tokens"],
+            "segment_ids": segment_ids,
+            "loss_mask": (segment_positions(segment_ids) > 0).astype(np.uint8),
+        }
+    counts["dropped_tokens"] += counts["tokens"] - kept
+
+
+def pack_whole(
+    examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, counts: Counter[str] | None = None
+) -> Iterator[Row]:
+    """First-fit packing of whole examples, padded with token 0 and segment 0.
+
+    Args:
+      examples: pairs (tokens, loss_mask) of equal lengths; one longer than `length` is first cut into pieces.
+      counts: gets `examples`, `cut_examples`, `tokens` and `padding`.
+    Yields:
+      rows as `pack_concatenate`'s, `loss_mask` the examples' own with 0 at each segment's first token.
+    """
+    counts = Counter() if counts is None else counts
+
+    def elements() -> Iterator[Row]:
+        for tokens, mask in examples:
+            if len(tokens) != len(mask):
+                raise ConfigError(f"an example has {len(tokens)} tokens but a loss mask of {len(mask)}")
+            counts["examples"] += 1
+            counts["cut_examples"] += len(tokens) > length
+            counts["tokens"] += len(tokens)
+            for start in range(0, len(tokens), length):
+                piece = slice(start, start + length)
+                yield {"tokens": np.array(tokens[piece], np.int32), "loss_mask": np.array(mask[piece], np.uint8)}
+
+    packed = grain.experimental.FirstFitPackIterDataset(
+        _Elements(elements()),
+        length_struct={"tokens": length, "loss_mask": length},
+        num_packing_bins=_PACKING_BINS,
+        shuffle_bins=False,
+    )
+    for row in packed:
+        segment_ids = row["tokens_segment_ids"]
+        counts["padding"] += int(np.count_nonzero(segment_ids == 0))
+        yield {
+            "tokens": row["tokens"],
+            "segment_ids": segment_ids,
+            "loss_mask": row["loss_mask"] * (segment_positions(segment_ids) > 0),
+        }
+
+
+def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
+    """Position of each token within its segment (runs of equal ids along the last axis), int32."""
+    index = np.arange(segment_ids.shape[-1], dtype=np.int32)
+    starts = np.zeros(segment_ids.shape, np.int32)
+    starts[..., 1:] = np.where(segment_ids[..., 1:] != segment_ids[..., :-1], index[1:], 0)
+    return index - np.maximum.accumulate(starts, axis=-1)
+
+
+class RowSource(Protocol):
+    """What `Batches` reads from; `jaxdraft.data.records.PackedRows` is one."""
+
+    @property
+    def length(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]: ...
+
+
+class Batches:
+    """`batches[step]`: the batch of a step, a pure function of (seed, step).
+
+    Every batch holds exactly `weights[name] * batch_size` rows of each source. Each source is shuffled anew every
+    epoch, in an order that depends on the seed and its name alone. Process p of P gets rows p, p + P, p + 2P, ... of
+    the global batch.
+
+    Args:
+      sources: rows by name, all of one length.
+      weights: share of each source, summing to 1; may be left out for a single source.
+      batch_size: rows of the global batch.
+    Raises:
+      ConfigError: shares that are not whole rows, lengths that differ, or a batch the processes cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, RowSource],
+        weights: Mapping[str, float] | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self._sources = dict(sources)
+        self._counts = _rows_per_batch(list(sources), weights, batch_size)
+        lengths = {name: rows.length for name, rows in sources.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"sources differ in row length: {lengths}; prepare them with one length")
+        if empty := [name for name, rows in sources.items() if not len(rows)]:
+            raise ConfigError(f"source {empty[0]!r} has no rows")
+        if batch_size % process_count or not 0 <= process_index < process_count:
+            raise ConfigError(
+                f"process {process_index} of {process_count} cannot take an equal share of {batch_size} rows; "
+                f"use a batch_size that is a multiple of {process_count}"
+            )
+        self.length = next(iter(lengths.values()))
+        self._orders = {
+            name: grain.MapDataset.range(len(rows)).seed(_source_seed(seed, name)).shuffle().repeat()
+            for name, rows in sources.items()
+        }
+        places = [(name, i) for name, count in self._counts.items() for i in range(count)]
+        self._places = places[process_index::process_count]
+
+    def rows(self, step: int) -> list[tuple[str, int]]:
+        """Which rows make up this process's batch at `step` (0, 1, ...): (source name, row index), in order."""
+        if step < 0:
+            raise IndexError(f"step {step} is negative")
+        return [(name, int(self._orders[name][step * self._counts[name] + i])) for name, i in self._places]
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """`tokens`, `segment_ids`, `positions` int32[B, L] and `loss_mask` float32[B, L]."""
+        rows = [self._sources[name][index] for name, index in self.rows(step)]
+        stacked = {key: np.stack([row[key] for row in rows]) for key in ("tokens", "segment_ids", "loss_mask")}
+        return {
+            "tokens": stacked["tokens"].astype(np.int32),
+            "segment_ids": stacked["segment_ids"].astype(np.int32),
+            "positions": segment_positions(stacked["segment_ids"]),
+            "loss_mask": stacked["loss_mask"].astype(np.float32),
+        }
+
+
+def _source_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
+
+
+def _rows_per_batch(names: list[str], weights: Mapping[str, float] | None, batch_size: int) -> dict[str, int]:
+    if not names:
+        raise ConfigError("a batch needs at least one source of rows")
+    if weights is None:
+        weights = dict.fromkeys(names[:1], 1.0)
+    if set(weights) != set(names):
+        raise ConfigError(f"weights {sorted(weights)} do not name the sources {sorted(names)}")
+    shares = {name: Fraction(weights[name]).limit_denominator(_MAX_DENOMINATOR) for name in names}
+    if sum(shares.values()) != 1 or min(shares.values()) <= 0:
+        raise ConfigError(f"weights must be positive and sum to 1, got {dict(weights)}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    unit = math.lcm(*(share.denominator for share in shares.values()))
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+        sizes = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"batch_size={batch_size} cannot hold the mix {dict(weights)} in whole rows; "
+            f"use a multiple of {unit} (nearest: {sizes})"
+        )
+    return {name: int(share * batch_size) for name, share in shares.items()}

@@ -1,0 +1,35 @@
+"""Decoding: a model alone, a target with a draft, and what a draft would bring without decoding at all."""
+
+from jaxdraft.decode.generate import GeneratedBatch, Seconds, generate, generate_batches
+from jaxdraft.decode.latency import step_latency
+from jaxdraft.decode.offline import Acceptance, acceptance_ratios, block_efficiency, expected_blocks
+from jaxdraft.decode.sampling import Sampling, draw, probabilities
+from jaxdraft.decode.speculative import (
+    SpeculativeBatch,
+    SpeculativeResult,
+    speculative_batches,
+    speculative_generate,
+    token_origins,
+    verify,
+)
+
+__all__ = [
+    "Acceptance",
+    "GeneratedBatch",
+    "Sampling",
+    "Seconds",
+    "SpeculativeBatch",
+    "SpeculativeResult",
+    "acceptance_ratios",
+    "block_efficiency",
+    "draw",
+    "expected_blocks",
+    "generate",
+    "generate_batches",
+    "probabilities",
+    "speculative_batches",
+    "speculative_generate",
+    "step_latency",
+    "token_origins",
+    "verify",
+]

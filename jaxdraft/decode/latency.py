@@ -1,0 +1,53 @@
+"""How long one cached step of a model takes, inside a compiled loop like the decoders' own.
+
+Shapes: B batch, T tokens of a step.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jaxdraft.models.cache import init_cache
+from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits
+
+_STEPS = 16
+
+
+def step_latency(decoder: Decoder, params: Params, batch: int, width: int, context: int, repeats: int = 5) -> float:
+    """Seconds of one step that reads ``width`` tokens a row after ``context`` cached ones and takes their argmax.
+
+    The median over ``repeats`` loops of 16 steps. FastDraft's (arXiv 2411.11055, equation 2) latencies are
+    ``width=1`` of draft and target and ``width=block size + 1`` of the target.
+
+    Args:
+      decoder: with ``scan=False``.
+      params: of ``for_decoding``.
+      batch: rows.
+      width: tokens read per row and step.
+      context: tokens in the cache before the step.
+      repeats: loops timed.
+    """
+    cache = init_cache(decoder.config, batch, context + width, decoder.dtype or compute_dtype())
+    tokens_BT = jnp.zeros((batch, width), jnp.int32)
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        tokens_BT, cache = jax.block_until_ready(_steps(decoder, params, tokens_BT, cache, context))
+        seconds.append((time.perf_counter() - began) / _STEPS)
+    return statistics.median(seconds[1:])
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("tokens_BT", "cache"))
+def _steps(decoder, params, tokens_BT, cache, context):
+    head_DV = head_weight(decoder.config, params)
+    positions_BT = jnp.broadcast_to(context + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+
+    def step(_, carry):
+        tokens_BT, cache = carry
+        hidden_BTD, cache = decoder.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
+        return jnp.argmax(logits(hidden_BTD, head_DV), axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, _STEPS, step, (tokens_BT, cache))

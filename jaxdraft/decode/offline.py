@@ -1,0 +1,157 @@
+"""Block efficiency without decoding: exact, from one teacher-forced pass of both models over the target's own text.
+
+Given text x that the target wrote, speculative decoding behaves as if each draft position it reaches were accepted
+independently with probability a_j = min(1, p(x_j) / q(x_j)), p the draft's and q the target's distribution. The
+expected number of blocks follows from a small dynamic program, for every block size from the same a_j.
+
+Shapes: B batch, T tokens, N new tokens, C positions of a chunk, D hidden, V vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdraft.decode.batching import bucket_length, per_prompt
+from jaxdraft.decode.sampling import Sampling, probabilities
+from jaxdraft.errors import ConfigError
+from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+
+_CHUNK = 16
+
+
+class Acceptance(NamedTuple):
+    """One prompt's answer, seen by both models.
+
+    Attributes:
+      accept_N: a_j of every token, float64; 0 or 1 where the temperature is 0.
+      overlap_N: Σ min(p, q) = 1 - TVD at every position, float64.
+    """
+
+    accept_N: np.ndarray
+    overlap_N: np.ndarray
+
+
+def acceptance_ratios(
+    target_decoder: Decoder,
+    target_params: Params,
+    draft_decoder: Decoder,
+    draft_params: Params,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    temperature: float | Sequence[float] = 0.0,
+    top_p: float | Sequence[float] = 1.0,
+    batch_size: int = 8,
+) -> list[Acceptance]:
+    """Acceptance probabilities of every answer's tokens, in the caller's order.
+
+    No cache is used, so the decoders may be of either kind, ``scan=True`` over stacked parameters included.
+
+    Args:
+      target_decoder: and ``target_params``: the model that wrote the answers.
+      target_params: its parameters.
+      draft_decoder: and ``draft_params``: the model that would propose.
+      draft_params: its parameters.
+      prompts: token ids, at least one each.
+      answers: what the target wrote after each prompt, with this temperature and top-p.
+      temperature: for all prompts or per prompt.
+      top_p: for all prompts or per prompt.
+      batch_size: rows of every batch.
+
+    Raises:
+      ConfigError: a prompt is empty, or there are not as many answers as prompts.
+      FloatingPointError: a model gave logits that are not finite.
+    """
+    if len(answers) != len(prompts) or not all(map(len, prompts)):
+        raise ConfigError(f"{len(prompts)} prompts, {len(answers)} answers: give one per prompt, and no empty prompt")
+    temperatures = per_prompt("temperature", temperature, len(prompts), np.float32)
+    top_ps = per_prompt("top_p", top_p, len(prompts), np.float32)
+    greedy = not np.any(temperatures)
+    new = bucket_length(max(map(len, answers), default=1))
+    found: list[Acceptance] = [Acceptance(np.zeros(0), np.zeros(0)) for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    for begin in range(0, len(order), batch_size):
+        indices = order[begin : begin + batch_size]
+        rows = indices + indices[:1] * (batch_size - len(indices))
+        total = bucket_length(max(len(prompts[i]) + len(answers[i]) for i in rows))
+        tokens_BT = np.zeros((batch_size, total), np.int32)
+        for row, i in enumerate(rows):
+            text = [*prompts[i], *answers[i]]
+            tokens_BT[row, : len(text)] = text
+        accept_BN, overlap_BN = _teacher_forced(
+            target_decoder,
+            target_params,
+            draft_decoder,
+            draft_params,
+            tokens_BT,
+            np.asarray([len(prompts[i]) for i in rows], np.int32),
+            new,
+            None if greedy else Sampling(temperatures[rows], top_ps[rows]),
+        )
+        for row, i in enumerate(indices):
+            n = len(answers[i])
+            found[i] = Acceptance(*(np.asarray(x[row, :n], np.float64) for x in (accept_BN, overlap_BN)))
+            if not np.all(np.isfinite(found[i].overlap_N)):
+                raise FloatingPointError(f"logits that are not finite for prompt {i}: are the weights damaged?")
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "new"))
+def _teacher_forced(target_decoder, target_params, draft_decoder, draft_params, tokens_BT, start_B, new, sampling):
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    written_BN = jnp.minimum(start_B[:, None] + jnp.arange(new), tokens_BT.shape[1] - 1)
+
+    def before_written(decoder, params):
+        hidden_BTD = decoder.apply({"params": params}, tokens_BT, positions_BT)
+        return jnp.take_along_axis(hidden_BTD, written_BN[..., None] - 1, axis=1), head_weight(decoder.config, params)
+
+    target_BND, target_head_DV = before_written(target_decoder, target_params)
+    draft_BND, draft_head_DV = before_written(draft_decoder, draft_params)
+    labels_BN = jnp.take_along_axis(tokens_BT, written_BN, axis=1)
+
+    def compare(chunk):
+        labels_BC, target_BCD, draft_BCD = chunk
+        q_BCV, p_BCV = logits(target_BCD, target_head_DV), logits(draft_BCD, draft_head_DV)
+        nan_BC = jnp.where(jnp.isfinite(jnp.max(q_BCV, -1) + jnp.max(p_BCV, -1)), 0.0, jnp.nan)
+        if sampling is None:
+            guess_BC = jnp.argmax(p_BCV, axis=-1)
+            return (guess_BC == labels_BC) + nan_BC, (guess_BC == jnp.argmax(q_BCV, axis=-1)) + nan_BC
+        q_BCV, p_BCV = probabilities(q_BCV, sampling), probabilities(p_BCV, sampling)
+        q_BC, p_BC = (jnp.take_along_axis(x, labels_BC[..., None], axis=-1)[..., 0] for x in (q_BCV, p_BCV))
+        accept_BC = jnp.where(p_BC < q_BC, p_BC / jnp.where(q_BC > 0, q_BC, 1.0), 1.0)
+        return accept_BC + nan_BC, jnp.sum(jnp.minimum(p_BCV, q_BCV), axis=-1) + nan_BC
+
+    chunked = [
+        jnp.moveaxis(x.reshape(x.shape[0], new // _CHUNK, _CHUNK, *x.shape[2:]), 1, 0)
+        for x in (labels_BN, target_BND, draft_BND)
+    ]
+    return [jnp.moveaxis(x, 0, 1).reshape(-1, new) for x in jax.lax.map(compare, chunked)]
+
+
+def expected_blocks(accept_N: np.ndarray, block_size: int) -> float:
+    """Expected number of blocks that write one answer; at temperature 0 exactly the loop's count.
+
+    Position t starts a block with probability s_t: s_0 = 1, and a block started at t ends after i drafts, with
+    probability r_i - r_{i+1} (r_G for i = G), where r_i = Π_{j<=i} a_{t+j-1}, and starts the next one at t + i + 1.
+
+    Args:
+      accept_N: a_j of each token.
+      block_size: draft tokens per block, G.
+    """
+    count = len(accept_N)
+    start = np.zeros(count + block_size + 1)
+    start[0] = 1.0
+    for t in range(count):
+        reach = np.cumprod(np.concatenate([[1.0], accept_N[t : t + block_size], [0.0]]))
+        start[t + 1 : t + len(reach)] += start[t] * (reach[:-1] - reach[1:])
+    return float(start[:count].sum())
+
+
+def block_efficiency(accepts: Sequence[np.ndarray], block_size: int) -> float:
+    """Tokens per run of the target, pooled over answers: Σ N / Σ expected blocks; nan without any token."""
+    blocks = sum(expected_blocks(accept_N, block_size) for accept_N in accepts)
+    return sum(map(len, accepts)) / blocks if blocks else float("nan")

@@ -1,0 +1,105 @@
+"""From logits to tokens: the distribution that is sampled, and named randomness to sample it with.
+
+Every draw is a pure function of (seed, purpose, example id, position): no key depends on the batch, the row or the
+order of work, so an example's tokens do not change with any of them.
+
+Shapes: B batch, T positions, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SAMPLE = 1001
+"""Purpose of the key that draws a token of plain, autoregressive sampling."""
+PROPOSE = 1002
+"""Purpose of the key that draws a draft token."""
+ACCEPT = 1003
+"""Purpose of the key that decides whether a draft token is accepted."""
+REPLACE = 1004
+"""Purpose of the key that draws the token after the accepted ones: from the residual, or the bonus token."""
+
+_BISECTIONS = 30  # bit patterns of floats in [0, 1] span less than 2**30
+
+
+class Sampling(NamedTuple):
+    """How each row is sampled. ``None`` in place of a ``Sampling`` means greedy decoding of all rows.
+
+    Attributes:
+      temperature_B: 0 takes the most likely token.
+      top_p_B: in (0, 1]; 1 keeps every token.
+    """
+
+    temperature_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
+
+
+def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The distribution that is sampled: temperature, then top-p, then renormalised.
+
+    Top-p keeps the smallest set of most likely tokens whose mass reaches ``top_p`` (Holtzman et al., arXiv 1904.09751);
+    tokens as likely as the last one kept are all kept. Its threshold is found by bisection on the bit patterns of the
+    floats, which order like the floats themselves: 30 masked sums in place of a sort, and exact.
+
+    Args:
+      logits: ``[B, V]`` or ``[B, T, V]``, float32.
+      sampling: per row.
+
+    Returns:
+      float32, the shape of ``logits``; one-hot at the maximum in rows of temperature 0.
+    """
+    of_row = (-1,) + (1,) * (logits.ndim - 1)
+    temperature, top_p = (jnp.reshape(x, of_row) for x in sampling)
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    probs = jax.nn.softmax(shifted / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
+    probs = _keep_top_p(probs, top_p)
+    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=probs.dtype)
+    return jnp.where(temperature > 0, probs, greedy)
+
+
+def _keep_top_p(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        kept = jnp.where(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32), probs, 0.0)
+        enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    above = jax.lax.bitcast_convert_type(jnp.max(probs, axis=-1, keepdims=True), jnp.int32) + 1
+    steps = jnp.where(jnp.any(top_p < 1), _BISECTIONS, 0)
+    low, _ = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(above), above))
+    kept = jnp.where((probs >= jax.lax.bitcast_convert_type(low, jnp.float32)) | (top_p >= 1), probs, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def draw(keys_B: jax.Array, probs_BV: jax.Array) -> jax.Array:
+    """One token per row, ``int32[B]``, by Gumbel-argmax: no cumulative sum over the vocabulary to round."""
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, probs_BV.shape[1:]))(keys_B)
+    return jnp.argmax(jnp.log(probs_BV) + noise_BV, axis=-1).astype(jnp.int32)
+
+
+def row_keys(seed: int, purpose: int, example_ids_B: jax.Array | np.ndarray) -> jax.Array:
+    """``keys[B]``, one per example: ``fold_in(fold_in(key(seed), purpose), example id)``.
+
+    Threefry whatever the default is: keys of the ``rbg`` kind give other numbers under ``vmap``.
+    """
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), purpose)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_ids_B)
+
+
+def position_keys(keys_B: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """``keys[B]``: each row's key folded with the position, in its sequence, of the token to be drawn."""
+    return jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+
+
+def uniforms(keys_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """``[B, T]`` draws from [0, 1), one for each row and position."""
+    one = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(keys_B, positions_BT)
+
+
+def is_any(tokens: jax.Array, ids_E: jax.Array) -> jax.Array:
+    """Whether each token is one of ``ids_E``, which may be empty."""
+    return jnp.any(tokens[..., None] == ids_E, axis=-1)

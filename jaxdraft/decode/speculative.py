@@ -1,0 +1,334 @@
+"""Speculative decoding: a draft proposes, the target verifies, the output is distributed as the target's own.
+
+Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318), with p the draft's and q the target's
+distribution. The whole generation of a batch is one ``lax.while_loop`` over blocks, a block being one run of the
+target; nothing reaches the host in between, and rows advance independently.
+
+Shapes: B batch, G block size (draft tokens of a block), K = G + 1, T tokens, S tokens of prompt and answer, N most
+blocks a row can need, V vocabulary, E end tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdraft.decode.batching import PromptBatch, prompt_batches
+from jaxdraft.decode.generate import (
+    Seconds,
+    all_finite,
+    all_greedy,
+    arrays,
+    check_finite,
+    new_tokens,
+    prefill,
+    timed,
+)
+from jaxdraft.decode.sampling import (
+    ACCEPT,
+    PROPOSE,
+    REPLACE,
+    Sampling,
+    draw,
+    is_any,
+    position_keys,
+    probabilities,
+    row_keys,
+    uniforms,
+)
+from jaxdraft.errors import ConfigError
+from jaxdraft.models.cache import KVCache
+from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculativeResult:
+    """What was written for one prompt.
+
+    Attributes:
+      tokens: new tokens, an end token included.
+      accepted: draft tokens accepted in each block, before any cut.
+      cut: the last block lost tokens to an end token inside it or to the limit; all other blocks are complete.
+    """
+
+    tokens: list[int]
+    accepted: list[int]
+    cut: bool
+
+    @property
+    def complete(self) -> list[int]:
+        """``accepted`` of the blocks that were not cut."""
+        return self.accepted[:-1] if self.cut else self.accepted
+
+
+class SpeculativeBatch(NamedTuple):
+    """What one batch wrote: positions of its prompts in the caller's list, their results, and what it took."""
+
+    indices: list[int]
+    results: list[SpeculativeResult]
+    seconds: Seconds
+
+
+class _Keys(NamedTuple):
+    propose_B: jax.Array
+    accept_B: jax.Array
+    replace_B: jax.Array
+
+
+class _State(NamedTuple):
+    tokens_BS: jax.Array
+    length_B: jax.Array
+    end_B: jax.Array
+    target_cache: KVCache
+    draft_cache: KVCache
+    accepted_BN: jax.Array
+    blocks_B: jax.Array
+    cut_B: jax.Array
+    target_finite_B: jax.Array
+    draft_finite_B: jax.Array
+
+
+def speculative_generate(
+    target_decoder: Decoder,
+    target_params: Params,
+    draft_decoder: Decoder,
+    draft_params: Params,
+    prompts: Sequence[Sequence[int]],
+    **settings: Any,
+) -> list[SpeculativeResult]:
+    """Results in the caller's order. The settings and errors are those of ``speculative_batches``."""
+    found: dict[int, SpeculativeResult] = {}
+    for batch in speculative_batches(target_decoder, target_params, draft_decoder, draft_params, prompts, **settings):
+        found.update(zip(batch.indices, batch.results, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def speculative_batches(
+    target_decoder: Decoder,
+    target_params: Params,
+    draft_decoder: Decoder,
+    draft_params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    block_size: int,
+    max_new_tokens: int | Sequence[int],
+    temperature: float | Sequence[float] = 0.0,
+    top_p: float | Sequence[float] = 1.0,
+    seed: int = 0,
+    example_ids: Sequence[int] | None = None,
+    eos_ids: Sequence[int] | None = None,
+    batch_size: int = 8,
+    repeats: int = 1,
+) -> Iterator[SpeculativeBatch]:
+    """Decodes speculatively, batch by batch; batches are those of ``generate_batches`` with the same settings.
+
+    Greedy in float32, the tokens are those the target writes alone. Sampled, they are another draw from the same law.
+
+    Args:
+      target_decoder: with ``scan=False``.
+      target_params: of ``for_decoding``.
+      draft_decoder: with ``scan=False`` and the target's vocabulary.
+      draft_params: of ``for_decoding``.
+      prompts: token ids, at least one each.
+      block_size: draft tokens proposed per run of the target.
+      max_new_tokens: for all prompts or per prompt.
+      temperature: for all prompts or per prompt; 0 is greedy, and all 0 leaves sampling out of the program.
+      top_p: for all prompts or per prompt.
+      seed: of all randomness.
+      example_ids: integers in [0, 2**32) naming each prompt's randomness; ``None`` numbers the prompts.
+      eos_ids: tokens that end an answer; ``None`` takes the target's.
+      batch_size: rows of every batch.
+      repeats: run each batch so often, with the same keys, and report the best times.
+
+    Raises:
+      ConfigError: a value is out of range, or the vocabularies differ.
+      FloatingPointError: a model gave logits that are not finite.
+    """
+    config = target_decoder.config
+    if block_size < 1:
+        raise ConfigError(f"block_size is {block_size}: the draft must propose at least 1 token")
+    if draft_decoder.config.vocabulary != config.vocabulary:
+        raise ConfigError(
+            f"the draft's vocabulary has {draft_decoder.config.vocabulary} rows, the target's {config.vocabulary}: "
+            "they must share one tokenizer"
+        )
+    batches = prompt_batches(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        example_ids=example_ids,
+        batch_size=batch_size,
+        vocab_size=config.vocabulary,
+        max_positions=config.max_positions,
+    )
+    greedy = all_greedy(batches)
+    eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
+    program = functools.partial(
+        _decode, target_decoder, target_params, draft_decoder, draft_params, block_size=block_size, eos_E=eos_E
+    )
+    seen: set[int] = set()
+    for batch in batches:
+        sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
+        ids_B = batch.example_ids_B
+        keys = None if greedy else _Keys(*(row_keys(seed, purpose, ids_B) for purpose in (PROPOSE, ACCEPT, REPLACE)))
+
+        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> _State:
+            rows, size = batch.tokens_BS.shape
+            prompts_BL = batch.tokens_BS[:, : batch.bucket]
+            return _State(
+                *arrays(batch, end_B),
+                target_cache=prefill(target_decoder, target_params, prompts_BL, batch.length_B, size + block_size + 1),
+                draft_cache=prefill(draft_decoder, draft_params, prompts_BL, batch.length_B, size + block_size + 1),
+                accepted_BN=jnp.zeros((rows, size - batch.bucket), jnp.int32),
+                blocks_B=jnp.zeros(rows, jnp.int32),
+                cut_B=jnp.zeros(rows, bool),
+                target_finite_B=jnp.ones(rows, bool),
+                draft_finite_B=jnp.ones(rows, bool),
+            )
+
+        decode = functools.partial(program, sampling=sampling, keys=keys)
+        state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
+        seen.add(batch.bucket)
+        check_finite("the target", state.target_finite_B, batch)
+        check_finite("the draft", state.draft_finite_B, batch)
+        yield SpeculativeBatch(batch.indices, _results(batch, state), seconds)
+
+
+def verify(
+    drafts_BG: jax.Array, draft_probs_BGV: jax.Array, target_probs_BKV: jax.Array, uniforms_BG: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The acceptance rule: how many drafts stand, and the law of the token that follows them.
+
+    Draft x is accepted iff u·p(x) < q(x), strictly: with ``<=`` a token impossible under q would pass at u = 0. After
+    the first rejection the next token follows (q - p)₊, after G acceptances q itself, the bonus token (Leviathan et
+    al., algorithm 1). The residual is empty only where p = q up to rounding; q takes its place there.
+
+    Args:
+      drafts_BG: proposed tokens.
+      draft_probs_BGV: p, the very arrays they were drawn from.
+      target_probs_BKV: q at the G drafts and after the last of them.
+      uniforms_BG: u, independent draws from [0, 1).
+
+    Returns:
+      accepted_B: drafts before the first rejection.
+      next_probs_BV: weights of the next token, not normalised.
+    """
+    G = drafts_BG.shape[1]
+    p_BG = jnp.take_along_axis(draft_probs_BGV, drafts_BG[..., None], axis=2)[..., 0]
+    q_BG = jnp.take_along_axis(target_probs_BKV[:, :G], drafts_BG[..., None], axis=2)[..., 0]
+    accepted_B = _leading(uniforms_BG * p_BG < q_BG)
+    rows_B = jnp.arange(drafts_BG.shape[0])
+    q_BV = target_probs_BKV[rows_B, accepted_B]
+    p_BV = jnp.where(accepted_B[:, None] < G, draft_probs_BGV[rows_B, jnp.minimum(accepted_B, G - 1)], 0.0)
+    residual_BV = jnp.maximum(q_BV - p_BV, 0.0)
+    return accepted_B, jnp.where(jnp.any(residual_BV > 0, axis=-1, keepdims=True), residual_BV, q_BV)
+
+
+def verify_greedy(drafts_BG: jax.Array, best_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rule at temperature 0: drafts stand while they are the target's argmax, and its argmax follows them."""
+    accepted_B = _leading(drafts_BG == best_BK[:, :-1])
+    return accepted_B, best_BK[jnp.arange(drafts_BG.shape[0]), accepted_B]
+
+
+def _leading(passed_BG: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.cumprod(passed_BG.astype(jnp.int32), axis=1), axis=1)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("target_decoder", "draft_decoder", "block_size"), donate_argnames=("state",)
+)
+def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, keys):
+    target_head_DV = head_weight(target_decoder.config, target_params)
+    draft_head_DV = head_weight(draft_decoder.config, draft_params)
+    G, nowhere = block_size, state.target_cache.k[0].shape[1]
+    rows_B1 = jnp.arange(state.tokens_BS.shape[0])[:, None]
+
+    def propose(state, live_B):
+        n_B = state.length_B
+
+        def step(carry, tokens_BT, positions_BT, i):
+            cache, finite_B = carry
+            slots_BT = jnp.where(live_B[:, None], positions_BT, nowhere)
+            hidden_BTD, cache = draft_decoder.apply({"params": draft_params}, tokens_BT, slots_BT, cache=cache)
+            logits_BV = logits(hidden_BTD[:, -1:], draft_head_DV)[:, 0]
+            finite_B &= ~live_B | all_finite(logits_BV)
+            if sampling is None:
+                return (cache, finite_B), (jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), None)
+            probs_BV = probabilities(logits_BV, sampling)
+            return (cache, finite_B), (draw(position_keys(keys.propose_B, n_B + i), probs_BV), probs_BV)
+
+        def next_step(carry, i):
+            carry, last_B = carry
+            carry, drawn = step(carry, last_B[:, None], (n_B + i - 1)[:, None], i)
+            return (carry, drawn[0]), drawn
+
+        # The first step reads the last two tokens: after a block accepted in full the cache lacks the first of them.
+        positions_B2 = jnp.stack([jnp.maximum(n_B - 2, 0), n_B - 1], axis=1)
+        carry = state.draft_cache, state.draft_finite_B
+        carry, first = step(carry, state.tokens_BS[rows_B1, positions_B2], positions_B2, 0)
+        (carry, _), others = jax.lax.scan(next_step, (carry, first[0]), jnp.arange(1, G))
+        drawn = jax.tree.map(lambda x, xs: jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1), first, others)
+        return *drawn, *carry
+
+    def block(state: _State) -> _State:
+        n_B, live_B = state.length_B, state.length_B < state.end_B
+        drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B)
+
+        last_B1 = state.tokens_BS[rows_B1, n_B[:, None] - 1]
+        slots_BK = jnp.where(live_B[:, None], n_B[:, None] - 1 + jnp.arange(G + 1), nowhere)
+        hidden_BKD, target_cache = target_decoder.apply(
+            {"params": target_params}, jnp.concatenate([last_B1, drafts_BG], 1), slots_BK, cache=state.target_cache
+        )
+        logits_BKV = logits(hidden_BKD, target_head_DV)
+        if sampling is None:
+            accepted_B, next_B = verify_greedy(drafts_BG, jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32))
+        else:
+            u_BG = uniforms(keys.accept_B, n_B[:, None] + jnp.arange(G))
+            target_probs_BKV = probabilities(logits_BKV, sampling)
+            accepted_B, next_probs_BV = verify(drafts_BG, draft_probs_BGV, target_probs_BKV, u_BG)
+            next_B = draw(position_keys(keys.replace_B, n_B + accepted_B), next_probs_BV)
+
+        count_B = accepted_B + 1
+        order_K = jnp.arange(G + 1)
+        emitted_BK = jnp.where(order_K < accepted_B[:, None], jnp.pad(drafts_BG, ((0, 0), (0, 1))), next_B[:, None])
+        ends_BK = is_any(emitted_BK, eos_E) & (order_K < count_B[:, None])
+        until_end_B = jnp.where(jnp.any(ends_BK, axis=1), jnp.argmax(ends_BK, axis=1) + 1, count_B)
+        kept_B = jnp.where(live_B, jnp.minimum(until_end_B, state.end_B - n_B), 0)
+        kept_BK = order_K < kept_B[:, None]
+        written_BK = jnp.where(kept_BK, n_B[:, None] + order_K, nowhere)
+        length_B = n_B + kept_B
+        block_B1 = jnp.where(live_B, state.blocks_B, nowhere)[:, None]
+        return _State(
+            tokens_BS=state.tokens_BS.at[rows_B1, written_BK].set(emitted_BK, mode="drop"),
+            length_B=length_B,
+            end_B=jnp.where(jnp.any(ends_BK & kept_BK, axis=1), length_B, state.end_B),
+            target_cache=target_cache,
+            draft_cache=draft_cache,
+            accepted_BN=state.accepted_BN.at[rows_B1, block_B1].set(accepted_B[:, None], mode="drop"),
+            blocks_B=state.blocks_B + live_B,
+            cut_B=jnp.where(live_B, kept_B < count_B, state.cut_B),
+            target_finite_B=state.target_finite_B & (~live_B | jnp.all(all_finite(logits_BKV), axis=1)),
+            draft_finite_B=draft_finite_B,
+        )
+
+    return jax.lax.while_loop(lambda state: jnp.any(state.length_B < state.end_B), block, state)
+
+
+def _results(batch: PromptBatch, state: _State) -> list[SpeculativeResult]:
+    tokens = new_tokens(batch, state.tokens_BS, state.length_B)
+    accepted, blocks, cut = (np.asarray(x) for x in (state.accepted_BN, state.blocks_B, state.cut_B))
+    return [
+        SpeculativeResult(tokens[row], accepted[row, : blocks[row]].tolist(), bool(cut[row]))
+        for row in range(len(batch.indices))
+    ]
+
+
+def token_origins(accepted: Sequence[int], total: int) -> list[bool]:
+    """For each of ``total`` tokens, whether it is an accepted draft; the last of each uncut block is the target's."""
+    origins = [origin for count in accepted for origin in [True] * count + [False]]
+    return origins[:total]

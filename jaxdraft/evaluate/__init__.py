@@ -1,0 +1,1 @@
+"""Measures drafts and writes the report."""

@@ -1,0 +1,203 @@
+"""Reads a run directory into plain Python values, for the report.
+
+Nothing has to be there: a stage that has not run has no numbers, a run without an evaluation has no results.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxdraft.errors import ConfigError
+
+# What a reader calls a model's dimensions -> the names ModelConfig and Hugging Face's config.json give them.
+_SHAPE = {
+    "Family": ("family", "model_type"),
+    "Layers": ("num_layers", "num_hidden_layers"),
+    "Hidden size": ("hidden_size",),
+    "MLP width": ("intermediate_size",),
+    "Attention heads": ("num_heads", "num_attention_heads"),
+    "Key/value heads": ("num_kv_heads", "num_key_value_heads"),
+    "Vocabulary": ("vocab_size",),
+}
+_LOSSES = {"TVDPlusPlus": "TVD++", "CrossEntropy": "cross-entropy"}  # as the papers write them
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe: what it was asked to do, and what it wrote down. ``metrics`` has a dict per step."""
+
+    name: str
+    kind: str
+    status: str
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+    seconds: float | None
+    metrics: list[dict[str, Any]]
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the stage trained against the target's distribution: only then is there an acceptance to log."""
+        return any("acceptance" in line for line in self.metrics)
+
+    @property
+    def loss(self) -> str:
+        """Name of the loss, or "" where there is none."""
+        loss = self.settings.get("loss")
+        if isinstance(loss, dict):
+            return _LOSSES.get(loss["type"], str(loss["type"]))
+        return ""
+
+    @property
+    def label(self) -> str:
+        """The stage's name, with its loss where that is what tells it from its neighbours."""
+        return f"{self.name} ({self.loss})" if self.distilled and self.loss else self.name
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """All that a report shows.
+
+    Attributes:
+      folder: the run directory.
+      recipe, record: recipe.json and run.json; empty where the file is missing.
+      stages: in the recipe's order, also those that have not run.
+      results: one dict per draft, task, block size and decoding setting, with INTERFACE.md's fields and ``draft``,
+        the stage that trained the draft.
+      samples: the lines of samples.jsonl with the same ``draft``.
+      checkpoints: the lines of checkpoints.jsonl.
+      parameters: draft stage -> {"target", "draft", "ratio"}.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    record: dict[str, Any]
+    stages: list[Stage]
+    results: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
+    parameters: dict[str, dict[str, float]]
+
+    def stage(self, name: str) -> Stage | None:
+        """The stage called ``name``."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def label(self, draft: str) -> str:
+        """What the page calls ``draft``."""
+        stage = self.stage(draft)
+        return stage.label if stage else draft
+
+    @property
+    def drafts(self) -> list[str]:
+        """Evaluated drafts, in the order in which they were trained."""
+        found = {row["draft"] for row in self.results}
+        ordered = [stage.name for stage in self.stages if stage.name in found]
+        return ordered + sorted(found - set(ordered))
+
+    def tokenizer_folder(self) -> Path | None:
+        """Folder with the run's tokenizer: a stage's, otherwise the target's."""
+        folders = [self.folder / stage.name / sub for stage in self.stages for sub in ("", "model")]
+        if self.target_folder:
+            folders.append(self.target_folder)
+        names = ("tokenizer.model", "tokenizer.json")
+        return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
+
+    @property
+    def target_folder(self) -> Path | None:
+        """The Hugging Face folder that the recipe names as its target; None for a target that a stage trains."""
+        target = self.recipe.get("target")
+        return Path(target["path"]) if isinstance(target, dict) else None
+
+    def shapes(self, draft: str | None) -> dict[str, dict[str, Any]]:
+        """Dimensions of "target" and "draft", with "Parameters", as far as they are known.
+
+        Args:
+          draft: the stage that trained it; None for the last one that trained anything but the target.
+        """
+        target = self.stage(str(self.recipe.get("target")))
+        trained = [stage.name for stage in self.stages if "shape" in stage.summary and stage is not target]
+        own = self.stage(draft or (trained[-1] if trained else ""))
+        shapes = {
+            "target": _shape(target.summary if target else {}, self._target_config()),
+            "draft": _shape(own.summary if own else {}, self.recipe.get("draft") or {}),
+        }
+        for role, known in shapes.items():
+            known.update({"Parameters": self.parameters[draft][role]} if draft in self.parameters else {})
+        if "Vocabulary" in shapes["target"]:
+            shapes["draft"].setdefault("Vocabulary", shapes["target"]["Vocabulary"])  # they share it
+        return shapes
+
+    def _target_config(self) -> dict[str, Any]:
+        file = self.target_folder / "config.json" if self.target_folder else None
+        return _read_json(file) if file and file.is_file() else {}
+
+
+def read_run(folder: Path) -> RunDirectory:
+    """Reads ``folder``.
+
+    Raises:
+      ConfigError: it is not a run directory, or a file in it is not what its name promises.
+    """
+    recipe_file = folder / "recipe.json"
+    if not recipe_file.is_file():
+        raise ConfigError(f"{folder} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
+    recipe = _read_json(recipe_file)
+    stages = [_read_stage(folder, stage) for stage in recipe.get("stages", [])]
+    results, samples, checkpoints, parameters = [], [], [], {}
+    for stage in stages:
+        checkpoints += read_lines(folder / stage.name / "checkpoints.jsonl")
+        for file in sorted((folder / stage.name).glob("*/results.json")):
+            content = _read_json(file)
+            draft = content.get("draft_stage", file.parent.name)
+            results += [{**run, "draft": draft} for run in content["runs"]]
+            samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
+            parameters[draft] = content["parameters"]
+    record = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    return RunDirectory(folder, recipe, record, stages, results, samples, checkpoints, parameters)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; none where it is missing. A last line that is still being written is left out.
+
+    Raises:
+      ConfigError: a line is not JSON.
+    """
+    if not file.is_file():
+        return []
+    lines = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file}, line {number} is not JSON ({error}): delete its stage's folder") from error
+    return lines
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not JSON ({error}): delete it and run the recipe again") from error
+
+
+def _read_stage(folder: Path, planned: dict[str, Any]) -> Stage:
+    name = planned["name"]
+    file = folder / name / "stage.json"
+    done = _read_json(file) if file.is_file() else {}
+    return Stage(
+        name=name,
+        kind=str(planned.get("kind", done.get("kind", ""))),
+        status=done.get("status", "not run"),
+        settings=done.get("settings") or planned,
+        summary=done.get("summary") or {},
+        seconds=done.get("seconds"),
+        metrics=read_lines(folder / name / "metrics.jsonl"),
+    )
+
+
+def _shape(summary: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
+    """A model's dimensions in a reader's words, from what its stage reported or else from its configuration."""
+    config = summary.get("shape", otherwise)
+    shape = {label: next((config[key] for key in keys if config.get(key)), None) for label, keys in _SHAPE.items()}
+    shape["Parameters"] = summary.get("parameters")
+    return {label: value for label, value in shape.items() if value is not None}

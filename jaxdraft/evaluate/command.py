@@ -1,0 +1,137 @@
+"""``jaxdraft evaluate`` and ``jaxdraft sample``: any two Hugging Face folders that share a vocabulary."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxdraft.data.prompts import PromptFile, example_id
+from jaxdraft.decode import generate_batches, speculative_batches, token_origins
+from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
+from jaxdraft.evaluate.tasks import Task
+from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files
+from jaxdraft.tracking import progress_bar
+
+# Bold green for what the draft wrote; plain for the target's own tokens.
+_ACCEPTED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
+
+
+def evaluate_pair(
+    *,
+    target: Path,
+    draft: Path,
+    prompts: Path,
+    task: str,
+    out: Path,
+    block_sizes: tuple[int, ...] = (3, 5),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 128,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+) -> None:
+    """Measures a draft, writes ``results.json`` and ``samples.jsonl`` into ``out``, and prints a table.
+
+    Raises:
+      ConfigError: a folder, the prompts or a setting is wrong, or the two models' tokenizers differ.
+    """
+    measured = Task(task, PromptFile(str(prompts), limit), temperature, top_p, max_new_tokens)
+    tokenizer = _shared_tokenizer(target, draft)
+    found = measured.prompts.prompts(tokenizer)
+    settings = Settings(block_sizes, seed, batch_size)
+    with progress_bar(Evaluator.amount(len(found), 1, len(block_sizes)), task, "answer") as bar:
+        evaluator = Evaluator(Model.load(target), [(measured, found)], settings, bar.update)
+        results, samples = evaluator.measure(Model.load(draft))
+    write_results(out, results, samples)
+    _print_table(results, out)
+
+
+def sample(
+    *,
+    target: Path,
+    draft: Path | None,
+    prompt: str,
+    block_size: int = 5,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> None:
+    """Prints what the target writes after ``prompt``: with a draft, its accepted tokens coloured; and the speed.
+
+    Raises:
+      ConfigError: a folder or a setting is wrong, or the two models' tokenizers differ.
+    """
+    tokenizer = load_tokenizer(target) if draft is None else _shared_tokenizer(target, draft)
+    prompts = [tokenizer.encode(prompt)]
+    big = Model.load(target)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "example_ids": [example_id(prompt)],
+        "batch_size": 1,
+        "repeats": 2,
+    }
+    (alone,) = generate_batches(big.decoder, big.params, prompts, **settings)
+    speed = len(alone.tokens[0]) / alone.seconds.decode
+    if draft is None:
+        print(prompt + tokenizer.decode(alone.tokens[0]))
+        print(f"\n{len(alone.tokens[0])} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+        return
+    small = Model.load(draft)
+    (batch,) = speculative_batches(
+        big.decoder, big.params, small.decoder, small.params, prompts, block_size=block_size, **settings
+    )
+    result = batch.results[0]
+    print(prompt + _coloured(tokenizer, result.tokens, result.accepted))
+    faster = len(result.tokens) / batch.seconds.decode
+    blocks = len(result.accepted)
+    per_run = len(result.tokens) / blocks
+    print(
+        f"\n{len(result.tokens)} tokens in {blocks} runs of the target: {per_run:.2f} tokens a run\n"
+        f"{faster:,.0f} tokens/s with the draft, {speed:,.0f} without: {faster / speed:.2f} times as fast",
+        file=sys.stderr,
+    )
+
+
+def _shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
+    """The target's tokenizer, once it is known that the draft's (where it has one) has the same pieces."""
+    tokenizer = load_tokenizer(target)
+    if tokenizer_files(draft):
+        ours, theirs = tokenizer.pieces(), load_tokenizer(draft).pieces()
+        if ours != theirs:
+            size = min(len(ours), len(theirs))
+            place = next((i for i in range(size) if ours[i] != theirs[i]), size)
+            pieces = [pieces[place] if place < len(pieces) else "nothing" for pieces in (ours, theirs)]
+            raise ConfigError(
+                f"target and draft have different tokenizers: id {place} is {pieces[0]!r} in {target} and "
+                f"{pieces[1]!r} in {draft}. A draft works only for a target with its own vocabulary"
+            )
+    return tokenizer
+
+
+def _coloured(tokenizer: Tokenizer, tokens: list[int], accepted: list[int]) -> str:
+    pieces = zip(tokenizer.fragments(tokens), token_origins(accepted, len(tokens)), strict=True)
+    if not sys.stdout.isatty():
+        return "".join(text for text, _ in pieces)
+    return "".join(f"{_ACCEPTED}{text}{_PLAIN}" if drafted else text for text, drafted in pieces)
+
+
+def _print_table(results: dict, out: Path) -> None:
+    print(
+        f"{'γ':>2} {'block efficiency':>24} {'acceptance':>10} {'MBSU':>6} {'tokens/s':>10} {'alone':>10} {'ratio':>6}"
+    )
+    for run in results["runs"]:
+        low, high = run["block_efficiency_ci95"]
+        efficiency = f"{run['block_efficiency']:.3f} ({low:.3f} – {high:.3f})"
+        print(
+            f"{run['block_size']:>2} {efficiency:>24} {run['acceptance_rate'] or 0:>10.3f} {run['mbsu']:>6.3f} "
+            f"{run['tokens_per_second']:>10,.0f} {run['tokens_per_second_autoregressive']:>10,.0f} "
+            f"{run['token_rate_ratio']:>6.2f}"
+        )
+        if "identical_to_target" in run:
+            print(f"   {run['identical_to_target']} of {run['prompts']} answers are the target's own, token for token")
+    print(out / "results.json")

@@ -1,0 +1,179 @@
+"""A run's tables, as they stand on the report's page and as CSV."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxdraft.evaluate.collect import RunDirectory, Stage
+from jaxdraft.evaluate.figures import decoding
+from jaxdraft.evaluate.verdict import count, number
+
+_KINDS = {
+    "Prepare": "Cuts text into rows of tokens",
+    "TrainTokenizer": "Trains the tokenizer",
+    "Generate": "Lets the target answer the prompts",
+    "Evaluate": "Measures drafts by speculative decoding",
+    "Export": "Writes a Hugging Face folder",
+}
+_SHOWN_ELSEWHERE = ("rows", "tokens", "steps", "parameters", "shape")
+_KEY = ("draft", "task", "temperature", "top_p", "block_size")
+
+
+class Cell(NamedTuple):
+    """A table's cell: its text, a smaller second text, and whether it is the best of its row."""
+
+    text: str
+    detail: str = ""
+    best: bool = False
+
+
+class Table(NamedTuple):
+    """A table to show. The first ``names`` columns hold words, the others numbers."""
+
+    columns: list[Cell]
+    rows: list[list[Cell]]
+    names: int = 1
+
+
+def stage_table(stages: Sequence[Stage]) -> Table:
+    """What each stage did, with how much, and how long it took."""
+    rows = []
+    for stage in stages:
+        last = stage.metrics[-1] if stage.metrics else {}
+        facts = {"steps": last.get("step"), **stage.summary}
+        state = "" if stage.status == "done" else stage.status
+        amounts = [Cell(count(facts.get(key))) for key in ("rows", "tokens", "steps")]
+        purpose = Cell(_purpose(stage), _facts(stage))
+        rows.append([Cell(stage.name, state), purpose, *amounts, Cell(_duration(stage.seconds))])
+    return Table(_headings("Stage", "What it does", "Rows", "Tokens", "Steps", "Time"), rows, names=2)
+
+
+def _facts(stage: Stage) -> str:
+    """What else the stage reported, in one line."""
+    others = {key: value for key, value in stage.summary.items() if key not in _SHOWN_ELSEWHERE}
+    words = {key: _amount(value) for key, value in others.items() if isinstance(value, int | float | str)}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in words.items())
+
+
+def _amount(value: Any) -> str:
+    return count(value) if isinstance(value, int) else number(value) if isinstance(value, float) else str(value or "–")
+
+
+def _headings(*names: str) -> list[Cell]:
+    return [Cell(name) for name in names]
+
+
+def _purpose(stage: Stage) -> str:
+    if stage.kind != "Train":
+        return _KINDS.get(stage.kind, stage.kind)
+    if stage.distilled:
+        words = f"Distils from the target with {stage.loss}"
+    elif stage.loss in ("", "cross-entropy"):
+        words = "Trains on the next token"
+    else:
+        words = f"Trains with {stage.loss}"
+    if (start := stage.settings.get("init")) and start != "random":
+        words += f", starting from {start}"
+    data = stage.settings.get("data")
+    if isinstance(data, dict):
+        words += ", on " + " + ".join(f"{share:.0%} {name}" for name, share in data.items())
+    elif data:
+        words += f", on {data}"
+    return words
+
+
+def model_table(run: RunDirectory, draft: str | None) -> Table | None:
+    """Dimensions of the target beside those of ``draft``; None where nothing is known of either."""
+    shapes = run.shapes(draft)
+    labels = list(dict.fromkeys(label for shape in shapes.values() for label in shape))
+    rows = [[Cell(label), *(Cell(_amount(shape.get(label))) for shape in shapes.values())] for label in labels]
+    if draft in run.parameters:
+        rows.append([Cell("Share of the target"), Cell("100%"), Cell(f"{run.parameters[draft]['ratio']:.2%}")])
+    return Table(_headings("Model", "Target", "Draft"), rows) if rows else None
+
+
+def pivot(run: RunDirectory, metric: str) -> Table:
+    """Tasks and block sizes down, drafts across; the best of each row marked."""
+    cells = {(row["task"], decoding(row), row["block_size"], row["draft"]): row for row in run.results}
+    rows = []
+    for task, how, block_size in dict.fromkeys(key[:3] for key in cells):
+        found = [cells.get((task, how, block_size, draft)) for draft in run.drafts]
+        best = max(row[metric] for row in found if row)
+        names = [Cell(task, how), Cell(str(block_size))]
+        rows.append(names + [_measured(row, metric, best) if row else Cell("–") for row in found])
+    losses = {name: stage.loss if (stage := run.stage(name)) else "" for name in run.drafts}
+    return Table([*_headings("Task", "γ"), *(Cell(name, loss) for name, loss in losses.items())], rows)
+
+
+def _measured(row: Mapping[str, Any], metric: str, best: float | None = None) -> Cell:
+    interval = row.get(f"{metric}_ci95")
+    detail = f"{number(interval[0])} – {number(interval[1])}" if interval else ""
+    return Cell(number(row.get(metric)), detail, best is not None and row[metric] == best)
+
+
+def speed_table(run: RunDirectory, draft: str | None) -> Table:
+    """Tokens per second alone and with ``draft``, and their ratio as measured and as predicted."""
+    columns = {
+        "Tokens/s alone": "tokens_per_second_autoregressive",
+        "Tokens/s with draft": "tokens_per_second",
+        "Measured ratio": "token_rate_ratio",
+        "Predicted ratio": "predicted_speedup",
+    }
+    rows = [
+        [
+            Cell(row["task"], decoding(row)),
+            Cell(str(row["block_size"])),
+            *(_measured(row, key) for key in columns.values()),
+        ]
+        for row in run.results
+        if row["draft"] == draft
+    ]
+    return Table(_headings("Task", "γ", *columns), rows)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def write_csvs(folder: Path, run: RunDirectory) -> None:
+    """results.csv, acceptance_by_position.csv, checkpoints.csv and stages.csv, at full precision."""
+    results = [{key: row[key] for key in row if key != "acceptance_by_position"} for row in run.results]
+    positions = [
+        {**{key: row.get(key) for key in _KEY}, "position": i, "accepted": share}
+        for row in run.results
+        for i, share in enumerate(row.get("acceptance_by_position", ()), start=1)
+    ]
+    stages = [
+        {"name": stage.name, "kind": stage.kind, "status": stage.status, "seconds": stage.seconds, **stage.summary}
+        for stage in run.stages
+    ]
+    tables = {"results": results, "acceptance_by_position": positions, "checkpoints": run.checkpoints, "stages": stages}
+    for name, rows in tables.items():
+        if rows:
+            _write_csv(folder / f"{name}.csv", rows)
+
+
+def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    columns.sort(key=lambda key: _KEY.index(key) if key in _KEY else len(_KEY))
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Intervals as two columns, anything else that is not a scalar as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if key.endswith("_ci95") and value:
+            flat[f"{key}_low"], flat[f"{key}_high"] = value
+        else:
+            flat[key] = json.dumps(value) if isinstance(value, list | dict) else value
+    return flat

@@ -1,0 +1,150 @@
+"""The folder that engines load: weights, configuration, the target's tokenizer files byte for byte, a model card."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.models import ModelConfig
+from jaxdraft.models.decoder import Params
+from jaxdraft.models.hf import WEIGHTS, load_model, save_model
+from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
+
+MODEL = "model"  # the folder in a Train stage's own that holds its model
+
+
+def export_stage(
+    run: Path, stage: str, out: Path, *, dtype: str = "float32", block_size: int = 5, evaluation: str | None = None
+) -> list[Path]:
+    """Exports the model of a finished Train stage and returns the files written.
+
+    Args:
+      run: the run directory.
+      stage: name of the Train stage.
+      out: the folder to write.
+      dtype: of the stored weights.
+      block_size: draft tokens per block that transformers' assisted generation shall use.
+      evaluation: the Evaluate stage whose figures go into the model card.
+
+    Raises:
+      ConfigError: there is no such finished stage, or the evaluation did not measure it.
+    """
+    record = run / stage / "stage.json"
+    made: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"status": "missing"}
+    if made["status"] != "done" or made["kind"] != "Train":
+        trained = [p.parents[1].name for p in sorted(run.glob(f"*/{MODEL}/config.json"))]
+        raise ConfigError(f"{run} has no finished Train stage {stage!r}; it has: {', '.join(trained) or 'none'}")
+    evaluations = []
+    if evaluation is not None:
+        results = run / evaluation / stage / "results.json"
+        if not results.exists():
+            raise ConfigError(f"{results} does not exist: stage {evaluation!r} did not measure {stage!r}")
+        evaluations = json.loads(results.read_text())["runs"]
+    recipe = json.loads((run / "recipe.json").read_text())
+    target = recipe["target"]
+    folder = run / stage / MODEL
+    provenance = {
+        "recipe": recipe["title"],
+        "target": target if isinstance(target, str) else Path(target["path"]).name,
+        "stage": stage,
+        "loss": made["settings"]["loss"]["type"],
+        "seed": recipe["seed"],
+        "settings and data (sha256)": made["fingerprint"],
+        "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
+    }
+    config, params = load_model(folder)
+    return export_model(
+        out,
+        config,
+        params,
+        folder,
+        dtype=dtype,
+        block_size=block_size,
+        provenance=provenance,
+        evaluations=evaluations,
+    )
+
+
+def export_model(
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer_folder: Path,
+    *,
+    dtype: str = "float32",
+    block_size: int = 5,
+    provenance: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]] = (),
+) -> list[Path]:
+    """Writes a Hugging Face folder, byte-identical whenever its inputs are, and returns its files.
+
+    Args:
+      folder: made if it does not exist.
+      config: the draft's shape.
+      params: with stacked layers.
+      tokenizer_folder: whose tokenizer files are copied byte for byte; engines compare them with the target's.
+      dtype: of the stored weights.
+      block_size: draft tokens per block that transformers' assisted generation shall use.
+      provenance: facts for the model card.
+      evaluations: ``runs`` of a ``results.json``, for the model card.
+    """
+    save_model(folder, config, params, dtype=jnp.dtype(dtype))
+    copied = [Path(shutil.copyfile(file, folder / file.name)) for file in tokenizer_files(tokenizer_folder)]
+    # Assisted generation reads the draft's own file; its defaults are 20 tokens and a stop below confidence 0.4.
+    generation = {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+        "num_assistant_tokens": block_size,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (folder / "README.md").write_text(_card(config, dtype, block_size, provenance, evaluations))
+    return [folder / name for name in ("config.json", WEIGHTS, "generation_config.json", "README.md")] + copied
+
+
+def _card(config, dtype, block_size, provenance, evaluations) -> str:
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [speculative-decoding, draft-model, jaxdraft]",
+        "---",
+        f"# A draft model of {config.num_parameters:,} parameters",
+        "",
+        f"Made by jaxdraft for speculative decoding. {config.num_layers} layers, hidden size {config.hidden_size}, "
+        f"vocabulary {config.vocabulary}, weights in {dtype}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in provenance.items()),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "target.generate(**inputs, assistant_model=draft)  # transformers, batch size 1",
+        "```",
+        "```sh",
+        f'vllm serve TARGET --speculative-config \'{{"method": "draft_model", "model": "THIS_FOLDER", '
+        f'"num_speculative_tokens": {block_size}}}\'',
+        "jaxdraft evaluate --target TARGET --draft THIS_FOLDER --prompts prompts.jsonl --out results",
+        "```",
+    ]
+    if evaluations:
+        lines += [
+            "",
+            "## Measured",
+            "",
+            "| task | temperature | block size | block efficiency | 95 % interval | MBSU |",
+            "|---|---|---|---|---|---|",
+        ]
+        for run in evaluations:
+            low, high = run["block_efficiency_ci95"]
+            lines.append(
+                f"| {run['task']} | {run['temperature']} | {run['block_size']} | {run['block_efficiency']:.3f} | "
+                f"{low:.3f} – {high:.3f} | {run['mbsu']:.3f} |"
+            )
+    return "\n".join(lines) + "\n"

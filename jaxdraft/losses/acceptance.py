@@ -1,0 +1,30 @@
+"""How often speculative decoding would accept the draft's proposal, position by position.
+
+Shapes: C positions, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def overlap(log_p_CV: jax.Array, log_q_CV: jax.Array) -> jax.Array:
+    """Σ_v min(p_v, q_v) = 1 − TVD(p, q), ``[C]``: the probability that a token drawn from p is accepted.
+
+    Leviathan et al., arXiv 2211.17192, Corollary 3.6.
+
+    Args:
+      log_p_CV: log-probabilities of the draft.
+      log_q_CV: log-probabilities of the target.
+    """
+    return jnp.sum(jnp.minimum(jnp.exp(log_p_CV), jnp.exp(log_q_CV)), axis=-1)
+
+
+def agreement(draft_logits_CV: jax.Array, target_logits_CV: jax.Array) -> jax.Array:
+    """1 where draft and target rank the same token first, else 0, ``[C]`` float32: greedy decoding's acceptance.
+
+    A tie counts as agreement if one of the target's first tokens is one of the draft's. (Two maxima, because XLA's
+    argmax costs more on a CPU than a loss and its gradient.)
+    """
+    first_CV = target_logits_CV == jnp.max(target_logits_CV, axis=-1, keepdims=True)
+    draft_there_C = jnp.max(jnp.where(first_CV, draft_logits_CV, -jnp.inf), axis=-1)
+    return (draft_there_C == jnp.max(draft_logits_CV, axis=-1)).astype(jnp.float32)

@@ -1,0 +1,386 @@
+"""Recipes: a frozen dataclass that lists stages, read from a Python file, overridden from the command line, checked.
+
+A recipe file defines one function, ``recipe``, whose keyword arguments are what its users are meant to change::
+
+    def recipe(*, target: HFModel, text: Text, scale: str = "small") -> Recipe:
+        ...
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.tasks import Task
+from jaxdraft.losses import Loss
+from jaxdraft.models import ModelConfig
+from jaxdraft.overrides import apply_all, coerce, split_assignment, unknown_name
+from jaxdraft.sharding import MeshShape
+from jaxdraft.train.state import OptimizerSettings
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face folder: config.json, safetensors, tokenizer files."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a recipe. What it makes lies in the folder of its name in the run directory."""
+
+    name: str
+    uses_target: ClassVar[bool] = False
+    uses_tokenizer: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the stages whose output this one reads, beside target and tokenizer."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(Stage):
+    """Text -> a SentencePiece tokenizer, for a target that is trained from nothing.
+
+    Attributes:
+      sources: whose ``documents()`` are learned from.
+      vocab_size: pieces, byte fallback and special tokens included.
+    """
+
+    sources: tuple[Any, ...]
+    vocab_size: int
+    uses_tokenizer: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepare(Stage):
+    """Text -> packed rows of fixed length: tokenise, append EOS, concatenate, cut (Direct Alignment, A.4).
+
+    Attributes:
+      sources: whose ``documents()`` are packed, one after another.
+      length: tokens per row.
+    """
+
+    sources: tuple[Any, ...]
+    length: int
+
+    def __post_init__(self):
+        if self.length < 2:
+            raise ConfigError(f"{self.name}: length is {self.length}: a row needs at least 2 tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(OptimizerSettings, Stage):
+    """Rows -> a model. Pretraining, continued pretraining and distillation differ in data, loss and start only.
+
+    Attributes:
+      data: a stage with rows, or shares of several: ``{"responses": .9, "text": .1}`` holds in every batch.
+      loss: what is minimised; one that needs a target gets the recipe's.
+      batch_size: rows per update.
+      init: ``"random"``, or the Train stage whose model is the start.
+      model: the shape; ``None`` is the recipe's draft.
+      accumulate: micro-batches per update.
+      remat: recompute activations in the backward pass.
+      save_every: steps between checkpoints to resume from.
+      keep_every: steps between checkpoints that are kept, for block efficiency over training.
+    """
+
+    data: str | dict[str, float]
+    loss: Loss
+    batch_size: int
+    init: str = "random"
+    model: ModelConfig | None = None
+    accumulate: int = 1
+    remat: bool = False
+    save_every: int = 1000
+    keep_every: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"{self.name}: batch_size is {self.batch_size} and accumulate {self.accumulate}: "
+                "both are positive, and accumulate divides batch_size"
+            )
+        if self.save_every < 1 or (self.keep_every is not None and self.keep_every < 1):
+            raise ConfigError(f"{self.name}: save_every and keep_every must be at least 1")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """``data`` as shares."""
+        return {self.data: 1.0} if isinstance(self.data, str) else dict(self.data)
+
+    @property
+    def uses_target(self) -> bool:  # type: ignore[override]
+        return self.loss.needs_target
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.shares, *(() if self.init == "random" else (self.init,)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Stage):
+    """Prompts -> what the target answers, as JSONL and as packed rows: the distillation set.
+
+    Every prompt is answered once per temperature; Direct Alignment (section 3) uses 0, .3, .7 and 1 with top-p .95.
+
+    Attributes:
+      prompts: whose ``prompts(tokenizer)`` are answered.
+      temperatures: 0 is greedy.
+      top_p: of every temperature.
+      max_new_tokens: per answer.
+      length: tokens per packed row.
+      batch_size: prompts decoded at once. The rounding of bfloat16 depends on it.
+      shard_size: answers per file, the unit of work that an interruption may cost.
+      train_on_prompts: let prompt tokens count as labels too.
+    """
+
+    prompts: tuple[Any, ...]
+    length: int
+    temperatures: tuple[float, ...] = (0.0, 0.3, 0.7, 1.0)
+    top_p: float = 0.95
+    max_new_tokens: int = 128
+    batch_size: int = 32
+    shard_size: int = 512
+    train_on_prompts: bool = False
+    uses_target: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: give at least one, none negative")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"{self.name}: top_p is {self.top_p}: it must lie in (0, 1]")
+        if min(self.max_new_tokens, self.batch_size, self.shard_size, self.length - 1) < 1:
+            raise ConfigError(f"{self.name}: max_new_tokens, batch_size, shard_size and length must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """Drafts -> block efficiency, MBSU, speed: ``results.json`` and ``samples.jsonl`` in a folder per draft.
+
+    Attributes:
+      drafts: Train stages.
+      tasks: prompts with their decoding settings.
+      block_sizes: γ, draft tokens proposed per run of the target.
+      batch_size: prompts decoded at once; 1 is how speed-ups are quoted.
+      repeats: each batch is timed so often, and the best counts.
+      over_checkpoints: also give block efficiency of every checkpoint the drafts' stages kept.
+    """
+
+    drafts: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    block_sizes: tuple[int, ...] = (3, 5)
+    batch_size: int = 1
+    repeats: int = 2
+    over_checkpoints: bool = False
+    uses_target: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not self.drafts or not self.tasks or not self.block_sizes:
+            raise ConfigError(f"{self.name}: drafts, tasks and block_sizes must name at least one each")
+        if min(self.block_sizes) < 1 or self.batch_size < 1 or self.repeats < 1:
+            raise ConfigError(f"{self.name}: block_sizes, batch_size and repeats must be positive")
+        if len({task.name for task in self.tasks}) < len(self.tasks):
+            raise ConfigError(f"{self.name}: two tasks have the same name")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.drafts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Stage):
+    """A draft -> a Hugging Face folder with the target's tokenizer, for transformers and the engines.
+
+    Attributes:
+      draft: a Train stage.
+      dtype: of the stored weights.
+      block_size: draft length that transformers' assisted generation is told to use.
+      evaluation: an Evaluate stage whose figures go into the model card.
+    """
+
+    draft: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    block_size: int = 5
+    evaluation: str | None = None
+    uses_target: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.draft, *(() if self.evaluation is None else (self.evaluation,)))
+
+
+READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
+    Train: {"data": (Prepare, Generate), "init": (Train,)},
+    Evaluate: {"drafts": (Train,)},
+    Export: {"draft": (Train,), "evaluation": (Evaluate,)},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is made, in which order.
+
+    Attributes:
+      title: heads the report.
+      target: the model to be accelerated: a folder, or the Train stage that makes it.
+      draft: the shape of the drafts; without a ``vocab_size`` it takes the target's, and its BOS and EOS.
+      stages: run in this order.
+      tokenizer: the TrainTokenizer stage; ``None`` takes the target folder's.
+      description: one paragraph for the report.
+      seed: of all randomness.
+      mesh: how devices are laid out.
+
+    Raises:
+      ConfigError: two stages of one name, or a stage that reads what no earlier stage makes.
+    """
+
+    title: str
+    target: HFModel | str
+    draft: ModelConfig
+    stages: tuple[Stage, ...]
+    tokenizer: str | None = None
+    description: str = ""
+    seed: int = 0
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed is {self.seed}: it must lie in 0..2³¹-1")
+        earlier: dict[str, Stage] = {}
+        for stage in self.stages:
+            if not stage.name.replace("-", "_").isidentifier() or stage.name == "report":
+                raise ConfigError(f"stage name {stage.name!r}: use letters, digits, - and _, and not 'report'")
+            if stage.name in earlier:
+                raise ConfigError(f"two stages are called {stage.name!r}")
+            self._check_reads(stage, earlier)
+            earlier[stage.name] = stage
+        if isinstance(self.target, str):
+            self._check_reference("target", self.target, earlier, (Train,))
+            if self.tokenizer is None:
+                raise ConfigError("a target that is trained needs tokenizer= the TrainTokenizer stage")
+        if self.tokenizer is not None:
+            self._check_reference("tokenizer", self.tokenizer, earlier, (TrainTokenizer,))
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(unknown_name("stage", name, [stage.name for stage in self.stages]))
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """Names of all stages whose output a stage reads, target and tokenizer included."""
+        names = list(stage.needs)
+        if stage.uses_target and isinstance(self.target, str):
+            names.append(self.target)
+        if stage.uses_tokenizer and self.tokenizer is not None:
+            names.append(self.tokenizer)
+        return tuple(dict.fromkeys(names))
+
+    def _check_reads(self, stage: Stage, earlier: Mapping[str, Stage]) -> None:
+        for field, kinds in READS.get(type(stage), {}).items():
+            value = getattr(stage, field)
+            for name in (value,) if isinstance(value, str) else tuple(value or ()):
+                if not (field == "init" and name == "random"):
+                    self._check_reference(f"{stage.name}.{field}", name, earlier, kinds)
+        for name in self.needs(stage):
+            if name not in earlier:
+                raise ConfigError(f"stage {stage.name!r} reads {name!r}, which no earlier stage makes")
+
+    @staticmethod
+    def _check_reference(what: str, name: str, stages: Mapping[str, Stage], kinds: tuple[type[Stage], ...]) -> None:
+        fitting = [n for n, stage in stages.items() if isinstance(stage, kinds)]
+        if name not in fitting:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(f"{what}: " + unknown_name(f"earlier {wanted} stage", name, fitting))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path, or by the name of a file in ``configs/``.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    known = {path.stem: path for path in sorted(CONFIGS.glob("*.py"))}
+    if Path(name).is_file():
+        return Path(name)
+    if name in known:
+        return known[name]
+    raise ConfigError(unknown_name("recipe file or name", name, list(known)))
+
+
+def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies ``NAME=VALUE`` assignments.
+
+    A name's first part is an argument of the file's ``recipe`` function, else a stage, else a field of the recipe.
+
+    Raises:
+      ConfigError: the file defines no recipe, or an assignment names or holds something that does not fit.
+    """
+    path = find_recipe(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    # Losses, tasks and sources of the user's own lie beside the recipe or where the command is given.
+    sys.path[:0] = [str(folder) for folder in (path.parent, Path.cwd()) if str(folder) not in sys.path]
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make: Callable[..., Recipe] | None = getattr(module, "recipe", None)
+    if not callable(make):
+        raise ConfigError(f"{path}: defines no function recipe(...) that returns a Recipe")
+
+    arguments = {p.name: p.default for p in inspect.signature(make).parameters.values()}
+    for name in [name for name, default in arguments.items() if default is inspect.Parameter.empty]:
+        arguments[name] = _required(path, name, typing.get_type_hints(make)[name], assignments)
+    to_recipe = []
+    for assignment in assignments:
+        (head, *rest), text = split_assignment(assignment)
+        if head not in arguments:
+            to_recipe.append(assignment)
+        elif rest:
+            arguments[head] = apply_all(arguments[head], rest, text, assignment)
+        else:
+            arguments[head] = coerce(text, type(arguments[head]), arguments[head], assignment)
+    recipe = make(**arguments)
+    for assignment in to_recipe:
+        recipe = _override(recipe, assignment, list(arguments))
+    return recipe
+
+
+def _required(path: Path, name: str, kind: type, assignments: Sequence[str]) -> Any:
+    """An argument without default, from the assignments that give its first field, which must be there."""
+    field = dataclasses.fields(kind)[0].name
+    given = [text for parts, text in map(split_assignment, assignments) if parts == [name, field]]
+    if not given:
+        raise ConfigError(f"{path}: this recipe needs --set {name}.{field}=…")
+    return kind(**{field: given[-1]})
+
+
+def _override(recipe: Recipe, assignment: str, arguments: list[str]) -> Recipe:
+    (head, *rest), text = split_assignment(assignment)
+    fields = [field.name for field in dataclasses.fields(recipe)]
+    stages = {stage.name: stage for stage in recipe.stages}
+    if head in stages:
+        if not rest:
+            raise ConfigError(f"--set {assignment}: name a field of stage {head!r}, as in {head}.FIELD=VALUE")
+        changed = apply_all(stages[head], rest, text, assignment)
+        return dataclasses.replace(recipe, stages=tuple(changed if s.name == head else s for s in recipe.stages))
+    if head in fields and head != "stages":
+        return apply_all(recipe, [head, *rest], text, assignment)
+    known = list(dict.fromkeys([*arguments, *(f for f in fields if f != "stages"), *stages]))
+    raise ConfigError(f"--set {assignment}: " + unknown_name("setting", head, known))

@@ -1,0 +1,283 @@
+"""Runs a recipe in its run directory: finds what is missing or changed, does only that, writes down what was done."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdraft import __version__
+from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.recipe import Recipe, Stage
+from jaxdraft.settings import to_json
+from jaxdraft.stages import EXECUTE, Context, external_inputs, sha256
+
+SUPERSEDED = "superseded"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run would do with one stage.
+
+    Attributes:
+      stage: the stage.
+      state: ``"done"``, ``"missing"``, ``"unfinished"``, ``"changed"``, or ``"waiting"`` for a stage that runs first.
+      reason: why, in words.
+      inputs: hashes of all it reads, empty while a stage before it has to run.
+      fingerprint: of settings and inputs.
+      output: hash of what it made, for a stage that is done.
+    """
+
+    stage: Stage
+    state: str
+    reason: str
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
+    output: str = ""
+
+
+def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequence[str] = ()) -> Path | None:
+    """Runs what is missing and returns the report's path; ``None`` if not one stage has run yet.
+
+    A stage whose settings or inputs have changed runs again, and so do those that read what it makes if that comes
+    out differently. What it had made is moved to ``superseded/`` in the run directory.
+
+    Args:
+      recipe: the recipe.
+      workdir: the run directory; made if it does not exist.
+      only: run these stages only.
+      command: the command line, for ``run.json``.
+
+    Raises:
+      ConfigError: a setting or an input is wrong.
+      Interrupted: another run holds the directory, or this one was asked to stop.
+    """
+    for name in only:
+        recipe.stage(name)
+    workdir.mkdir(parents=True, exist_ok=True)
+    context = Context(recipe, workdir)
+    with _locked(workdir), _interruptible():
+        _write_json(workdir / "recipe.json", _recipe_json(recipe))
+        ran, made = False, dict[str, str]()
+        for number, stage in enumerate(recipe.stages, start=1):
+            plan = plan_stage(stage, context, made)
+            banner = f"[{number}/{len(recipe.stages)}] {stage.name} ({type(stage).__name__})"
+            if plan.state == "done":
+                made[stage.name] = plan.output
+                say(f"{banner}: done before")
+            elif only and stage.name not in only:
+                say(f"{banner}: left out, {plan.reason}")
+            elif plan.state == "waiting":
+                raise ConfigError(f"{stage.name}: {plan.reason}; add it to --only")
+            else:
+                say(f"{banner}: {plan.reason}")
+                if not ran:
+                    _write_json(workdir / "run.json", _run_json(recipe, command))
+                made[stage.name] = _execute(plan, context)
+                ran = True
+        return _report(context, ran)
+
+
+def plan_all(recipe: Recipe, workdir: Path) -> list[Plan]:
+    """The plan of every stage, without doing anything."""
+    context, plans, made = Context(recipe, workdir), [], dict[str, str]()
+    for stage in recipe.stages:
+        plans.append(plan_stage(stage, context, made))
+        if plans[-1].state == "done":
+            made[stage.name] = plans[-1].output
+    return plans
+
+
+def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
+    """Compares a stage with what its folder holds.
+
+    Args:
+      stage: the stage.
+      context: recipe and run directory.
+      made: hash of the output of every stage that is done and current.
+    """
+    needs = context.recipe.needs(stage)
+    if missing := [name for name in needs if name not in made]:
+        return Plan(stage, "waiting", f"{missing[0]!r} has to run first")
+    inputs = {name: made[name] for name in needs} | external_inputs(stage, context)
+    settings = to_json(stage)
+    shape = _resolved_shape(stage, context)
+    fingerprint = hashlib.sha256(
+        json.dumps([settings, shape, inputs, context.recipe.seed], sort_keys=True).encode()
+    ).hexdigest()
+    record = _record(context.folder(stage.name))
+    if record is None:
+        return Plan(stage, "missing", "to do", inputs, fingerprint)
+    if record["fingerprint"] != fingerprint:
+        changes = _changes(record, settings, inputs, shape, context.recipe.seed)
+        return Plan(stage, "changed", f"runs again, {changes}", inputs, fingerprint)
+    if record["status"] != "done":
+        return Plan(stage, "unfinished", "goes on where it stopped", inputs, fingerprint)
+    if lost := [name for name in record["outputs"] if not (context.folder(stage.name) / name).exists()]:
+        return Plan(stage, "unfinished", f"runs again, {lost[0]} is gone", inputs, fingerprint)
+    return Plan(stage, "done", "done", inputs, fingerprint, record["output"])
+
+
+def say(text: str) -> None:
+    """One line for the person who watches."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _execute(plan: Plan, context: Context) -> str:
+    """Runs a stage, writes its record and returns the hash of its output."""
+    stage, folder = plan.stage, context.folder(plan.stage.name)
+    if plan.state == "changed":
+        kept = _set_aside(folder, context.workdir / SUPERSEDED)
+        say(f"    what it had made is now in {kept}")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "name": stage.name,
+        "kind": type(stage).__name__,
+        "settings": to_json(stage),
+        "shape": _resolved_shape(stage, context),
+        "seed": context.recipe.seed,
+        "inputs": plan.inputs,
+        "fingerprint": plan.fingerprint,
+    }
+    before = _record(folder)
+    spent = before.get("seconds", 0.0) if before else 0.0
+    began = time.perf_counter()
+    _write_json(folder / "stage.json", {**record, "status": "running", "seconds": spent})
+    try:
+        files, summary = EXECUTE[type(stage)](stage, context)
+    except BaseException:
+        seconds = round(spent + time.perf_counter() - began, 3)
+        _write_json(folder / "stage.json", {**record, "status": "running", "seconds": seconds})
+        raise
+    outputs = {str(file.relative_to(folder)): sha256(file) for file in files}
+    seconds = round(spent + time.perf_counter() - began, 3)
+    output = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+    done = {"status": "done", "outputs": outputs, "output": output, "summary": summary, "seconds": seconds}
+    _write_json(folder / "stage.json", {**record, **done})
+    say(f"    done in {seconds:.1f} s")
+    return output
+
+
+def _report(context: Context, changed: bool) -> Path | None:
+    path = context.workdir / "report" / "index.html"
+    if not any(_record(context.folder(stage.name)) for stage in context.recipe.stages):
+        return None
+    if changed or not path.exists():
+        from jaxdraft.evaluate.report import write_report
+
+        write_report(context.workdir)
+    return path
+
+
+def _resolved_shape(stage: Stage, context: Context) -> Any:
+    """The shape that a Train stage trains: the recipe's draft is not among the stage's own settings."""
+    from jaxdraft.recipe import Train
+
+    return to_json(context.trained_config(stage)) if isinstance(stage, Train) else None
+
+
+def _changes(record: dict[str, Any], settings: Any, inputs: dict[str, str], shape: Any, seed: int) -> str:
+    old = {**record["settings"], "shape": record["shape"], "seed": record["seed"]}
+    new = {**settings, "shape": shape, "seed": seed}
+    found = [
+        f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}"
+        for key in dict.fromkeys([*new, *old])
+        if old.get(key) != new.get(key)
+    ]
+    found += [f"input {key} has changed" for key in inputs if record["inputs"].get(key) != inputs[key]]
+    found += [f"input {key} is gone" for key in record["inputs"] if key not in inputs]
+    return "; ".join(found)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _set_aside(folder: Path, superseded: Path) -> Path:
+    superseded.mkdir(exist_ok=True)
+    number = sum(1 for _ in superseded.glob(f"{folder.name}.*")) + 1
+    kept = superseded / f"{folder.name}.{number}"
+    shutil.move(folder, kept)
+    return kept
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    path = folder / "stage.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is damaged ({error}): delete the folder {folder} to run the stage again") from error
+
+
+def _recipe_json(recipe: Recipe) -> dict[str, Any]:
+    stages = [{**to_json(stage), "kind": type(stage).__name__} for stage in recipe.stages]
+    return {**to_json(recipe), "stages": stages}
+
+
+def _run_json(recipe: Recipe, command: Sequence[str]) -> dict[str, Any]:
+    return {
+        "command": list(command),
+        "jaxdraft": __version__,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "devices": [str(device) for device in jax.devices()],
+        "mesh": to_json(recipe.mesh),
+        "seed": recipe.seed,
+    }
+
+
+def _git_revision() -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Interrupted(f"another jaxdraft run is at work in {workdir}: wait for it, or stop it") from None
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and Ctrl-C both end the run with "run the same command again to go on"."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted("stopped; the same command goes on from here")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,385 @@
+"""What each kind of stage does. A stage reads the folders of earlier ones and writes its own."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdraft.checkpoint import Checkpoints
+from jaxdraft.data.pipeline import Batches, pack_concatenate, pack_whole
+from jaxdraft.data.prompts import Prompt, example_id
+from jaxdraft.data.records import MANIFEST, PackedRows, write_rows
+from jaxdraft.decode import generate_batches
+from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
+from jaxdraft.evaluate.metrics import offline_metrics
+from jaxdraft.export import MODEL, export_stage
+from jaxdraft.models import Decoder, ModelConfig, init_params
+from jaxdraft.models.hf import load_config, load_model, save_model, weight_files
+from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Stage, Train, TrainTokenizer
+from jaxdraft.settings import to_json
+from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files, train_sentencepiece
+from jaxdraft.tracking import progress_bar, read_jsonl
+from jaxdraft.train import train
+from jaxdraft.train.state import abstract_state, state_shardings
+
+# Pinned: another number is another run.
+INIT_PURPOSE = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A recipe in its run directory."""
+
+    recipe: Recipe
+    workdir: Path
+
+    def folder(self, stage: str) -> Path:
+        return self.workdir / stage
+
+    def model_folder(self, stage: str) -> Path:
+        """The Hugging Face folder that a Train stage leaves behind."""
+        return self.folder(stage) / MODEL
+
+    @property
+    def target_folder(self) -> Path:
+        target = self.recipe.target
+        return Path(target.path) if isinstance(target, HFModel) else self.model_folder(target)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.target_folder if self.recipe.tokenizer is None else self.folder(self.recipe.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_folder)
+
+    def draft_config(self) -> ModelConfig:
+        """The recipe's draft with the target's vocabulary, BOS and EOS."""
+        if isinstance(self.recipe.target, HFModel):
+            target = load_config(self.target_folder)
+        else:
+            stage = self.recipe.stage(self.recipe.target)
+            assert isinstance(stage, Train)
+            target = self.trained_config(stage)
+        draft = self.recipe.draft
+        if draft.vocab_size not in (None, target.vocab_size):
+            raise ConfigError(
+                f"draft.vocab_size is {draft.vocab_size}, the target's {target.vocab_size}: leave the draft's out"
+            )
+        return dataclasses.replace(draft, vocab_size=target.vocab_size, bos_id=target.bos_id, eos_ids=target.eos_ids)
+
+    def trained_config(self, stage: Train) -> ModelConfig:
+        """The full shape of what a Train stage trains."""
+        if stage.model is None:
+            return self.draft_config()
+        if stage.model.vocab_size is not None:
+            return stage.model
+        tokenizer = self.tokenizer
+        return dataclasses.replace(
+            stage.model,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        )
+
+
+Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
+
+
+def run_train_tokenizer(stage: TrainTokenizer, context: Context) -> Outputs:
+    folder = context.folder(stage.name)
+    train_sentencepiece(_documents(stage.sources, stage.name), folder, stage.vocab_size)
+    return tokenizer_files(folder), {"vocab_size": stage.vocab_size}
+
+
+def run_prepare(stage: Prepare, context: Context) -> Outputs:
+    counts: collections.Counter[str] = collections.Counter()
+    rows = pack_concatenate(_documents(stage.sources, stage.name), context.tokenizer, stage.length, counts)
+    return _write_rows(stage.name, rows, stage.length, to_json(stage.sources), counts, context)
+
+
+def run_train(stage: Train, context: Context) -> Outputs:
+    folder, recipe = context.folder(stage.name), context.recipe
+    config = context.trained_config(stage)
+    if stage.init == "random":
+        key = jax.random.fold_in(jax.random.key(recipe.seed), INIT_PURPOSE)
+        params = init_params(config, key)
+    else:
+        started, params = load_model(context.model_folder(stage.init))
+        if _shape(started) != _shape(config):
+            raise ConfigError(f"{stage.name}: init={stage.init!r} is a model of another shape than is trained here")
+    target = target_params = None
+    if stage.loss.needs_target:
+        target_config, target_params = load_model(context.target_folder)
+        target = Decoder(target_config, remat=False)
+    rows = {name: PackedRows(context.folder(name)) for name in stage.shares}
+    for packed in rows.values():
+        if packed.manifest["tokenizer"] != context.tokenizer.fingerprint():
+            raise ConfigError(
+                f"{stage.name}: {packed.folder} was made with another tokenizer; delete it to make it anew"
+            )
+    batches = Batches(
+        rows,
+        stage.shares,
+        batch_size=stage.batch_size,
+        seed=recipe.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    params = train(
+        folder,
+        draft=Decoder(config, remat=stage.remat),
+        params=params,
+        loss=stage.loss,
+        batches=batches,
+        optimizer=stage,
+        mesh=recipe.mesh.build(),
+        target=target,
+        target_params=target_params,
+        accumulate=stage.accumulate,
+        save_every=stage.save_every,
+        keep_every=stage.keep_every,
+    )
+    save_model(context.model_folder(stage.name), config, params)
+    for file in tokenizer_files(context.tokenizer_folder):
+        shutil.copyfile(file, context.model_folder(stage.name) / file.name)
+    last = read_jsonl(folder / "metrics.jsonl")[-1]
+    files = [folder / "metrics.jsonl", *sorted(context.model_folder(stage.name).iterdir())]
+    tokens = sum(line["tokens"] for line in read_jsonl(folder / "metrics.jsonl"))
+    return files, {
+        "parameters": config.num_parameters,
+        "steps": stage.steps,
+        "tokens": int(tokens),
+        "loss": last["loss"],
+        "shape": to_json(config),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """One answer to be generated."""
+
+    prompt: Prompt
+    temperature: float
+
+    @property
+    def id(self) -> str:
+        return f"{self.prompt.id}@{self.temperature:g}"
+
+
+def run_generate(stage: Generate, context: Context) -> Outputs:
+    folder = context.folder(stage.name)
+    questions = [
+        _Question(prompt, temperature)
+        for source in stage.prompts
+        for prompt in source.prompts(context.tokenizer)
+        for temperature in stage.temperatures
+    ]
+    shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
+    paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
+    target: Model | None = None
+    with progress_bar(len(questions), stage.name, "answer") as bar:
+        for path, shard in zip(paths, shards, strict=True):
+            if path.exists():
+                bar.update(len(shard))
+                continue
+            target = target or Model.load(context.target_folder)
+            _commit_lines(path, _answers(stage, context, target, shard, bar.update))
+    lines = [line for path in paths for line in read_jsonl(path)]
+
+    def examples() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+        for line in lines:
+            prompt, answer = line["prompt_tokens"], line["tokens"]
+            yield prompt + answer, [int(stage.train_on_prompts)] * len(prompt) + [1] * len(answer)
+
+    counts: collections.Counter[str] = collections.Counter()
+    rows = pack_whole(examples(), stage.length, counts)
+    source = {"target": to_json(context.recipe.target)}
+    files, summary = _write_rows(stage.name, rows, stage.length, source, counts, context)
+    ended = sum(line["finish"] == "eos" for line in lines)
+    return [*paths, *files], {"answers": len(lines), "ended by EOS": f"{ended / len(lines):.0%}", **summary}
+
+
+def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
+    folder = context.folder(stage.name)
+    target = Model.load(context.target_folder)
+    tasks = [(task, task.prompts.prompts(context.tokenizer)) for task in stage.tasks]
+    for task, prompts in tasks:
+        if not prompts:
+            raise ConfigError(f"{stage.name}: task {task.name!r} has no prompts")
+    settings = Settings(stage.block_sizes, context.recipe.seed, stage.batch_size, stage.repeats)
+    answers = Evaluator.amount(sum(len(p) for _, p in tasks), len(stage.drafts), len(stage.block_sizes))
+    series: list[dict[str, Any]] = []
+    with progress_bar(answers, stage.name, "answer") as bar:
+        evaluator = Evaluator(target, tasks, settings, bar.update)
+        for name in stage.drafts:
+            results, samples = evaluator.measure(Model.load(context.model_folder(name)))
+            results = {**results, "draft_stage": name, **_relative(context, name)}
+            write_results(folder / name, results, samples)
+            if stage.over_checkpoints:
+                series += _over_checkpoints(stage, context, name, evaluator)
+    if stage.over_checkpoints:
+        _commit_lines(folder / "checkpoints.jsonl", series)
+    return sorted(folder.glob("*/*.json*")), {"prompts": sum(len(p) for _, p in tasks)}
+
+
+def run_export(stage: Export, context: Context) -> Outputs:
+    folder = context.folder(stage.name)
+    written = export_stage(
+        context.workdir,
+        stage.draft,
+        folder,
+        dtype=stage.dtype,
+        block_size=stage.block_size,
+        evaluation=stage.evaluation,
+    )
+    return written, {"folder": stage.name, "dtype": stage.dtype}
+
+
+EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
+    TrainTokenizer: run_train_tokenizer,
+    Prepare: run_prepare,
+    Train: run_train,
+    Generate: run_generate,
+    Evaluate: run_evaluate,
+    Export: run_export,
+}
+
+
+def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
+    """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
+    found = dict(_fingerprints(stage, stage.name))
+    if isinstance(context.recipe.target, HFModel):
+        folder = context.target_folder
+        if stage.uses_target:
+            files = [folder / "config.json", *weight_files(folder)]
+            found["target"] = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+        if stage.uses_tokenizer and context.recipe.tokenizer is None:
+            found["tokenizer"] = context.tokenizer.fingerprint()
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprints(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if callable(getattr(value, "fingerprint", None)):
+        yield name, value.fingerprint()
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _fingerprints(getattr(value, field.name), f"{name}.{field.name}")
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _fingerprints(item, f"{name}.{i}")
+
+
+def _documents(sources: Sequence[Any], name: str) -> Iterator[str]:
+    with progress_bar(0, name, "document") as bar:
+        for document in itertools.chain.from_iterable(source.documents() for source in sources):
+            bar.update(1)
+            yield document
+
+
+def _write_rows(name, rows, length, source, counts, context: Context) -> Outputs:
+    folder = context.folder(name)
+    manifest = write_rows(
+        folder,
+        rows,
+        length=length,
+        vocab_size=context.tokenizer.vocab_size,
+        tokenizer_fingerprint=context.tokenizer.fingerprint(),
+        source={"settings": source},
+        counts=counts,
+    )
+    files = [folder / MANIFEST, *(folder / shard["file"] for shard in manifest["shards"])]
+    return files, {"rows": manifest["rows"], "tokens": manifest["tokens"], **counts}
+
+
+def _answers(stage, context, target, shard: list[_Question], advance) -> list[dict[str, Any]]:
+    eos_ids = target.decoder.config.eos_ids
+    lines: list[dict[str, Any]] = [{} for _ in shard]
+    for batch in generate_batches(
+        target.decoder,
+        target.params,
+        [question.prompt.tokens for question in shard],
+        max_new_tokens=stage.max_new_tokens,
+        temperature=[question.temperature for question in shard],
+        top_p=stage.top_p,
+        seed=context.recipe.seed,
+        example_ids=[example_id(question.id) for question in shard],
+        batch_size=stage.batch_size,
+    ):
+        for i, tokens in zip(batch.indices, batch.tokens, strict=True):
+            lines[i] = {
+                "id": shard[i].id,
+                "temperature": shard[i].temperature,
+                "top_p": stage.top_p,
+                "seed": context.recipe.seed,
+                "finish": "eos" if tokens[-1] in eos_ids else "length",
+                "prompt_tokens": list(shard[i].prompt.tokens),
+                "tokens": tokens,
+                "prompt": shard[i].prompt.text,
+                "text": context.tokenizer.decode(tokens),
+            }
+        advance(len(batch.indices))
+    return lines
+
+
+def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: Evaluator) -> list[dict[str, Any]]:
+    """Exact offline block efficiency of every kept checkpoint: one pass over what the target wrote, no decoding."""
+    train_stage = context.recipe.stage(name)
+    assert isinstance(train_stage, Train)
+    config = context.trained_config(train_stage)
+    shardings = state_shardings(config, train_stage, context.recipe.mesh.build())
+    lines = []
+    with Checkpoints(context.folder(name) / "checkpoints", train_stage.keep_every) as checkpoints:
+        for step in checkpoints.steps:
+            state = checkpoints.restore(abstract_state(train_stage, config, shardings), step)
+            draft = Model.create(name, config, state.params)
+            for baseline in evaluator.baselines:
+                acceptances = evaluator.acceptances(draft, baseline)
+                for block_size in stage.block_sizes:
+                    lines.append(
+                        {
+                            "draft": name,
+                            "step": step,
+                            "task": baseline.task.name,
+                            "block_size": block_size,
+                            **offline_metrics(acceptances, block_size),
+                        }
+                    )
+    return lines
+
+
+def _relative(context: Context, draft: str) -> dict[str, str]:
+    """Names of target and draft that do not depend on where the run directory is."""
+    target = context.recipe.target
+    return {"target": target.path if isinstance(target, HFModel) else target, "draft": draft}
+
+
+def _shape(config: ModelConfig) -> ModelConfig:
+    """Without what two spellings of one shape may differ in."""
+    return dataclasses.replace(config, head_dim=config.head_size)
+
+
+def _commit_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """A JSONL file that exists only when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -1,0 +1,119 @@
+"""The training loop: feeds the step, writes its metrics down one step late, saves, and resumes where it stood."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdraft.checkpoint import Checkpoints
+from jaxdraft.data.pipeline import Batches
+from jaxdraft.losses import Loss
+from jaxdraft.models import Decoder
+from jaxdraft.models.decoder import Params, init_boxed
+from jaxdraft.sharding import batch_sharding, param_shardings
+from jaxdraft.tracking import StepLog, progress_bar
+from jaxdraft.train.state import OptimizerSettings, abstract_state, create_state, state_shardings
+from jaxdraft.train.step import build_step
+
+
+def train(
+    folder: Path,
+    *,
+    draft: Decoder,
+    params: Params,
+    loss: Loss,
+    batches: Batches,
+    optimizer: OptimizerSettings,
+    mesh: Mesh,
+    target: Decoder | None = None,
+    target_params: Params | None = None,
+    accumulate: int = 1,
+    save_every: int = 1000,
+    keep_every: int | None = None,
+) -> Params:
+    """Trains to the last step and returns the parameters; a second call with the same folder goes on where it stood.
+
+    Args:
+      folder: gets ``checkpoints/``, ``metrics.jsonl`` (byte-identical however often the run was interrupted) and
+        ``timing.jsonl``.
+      draft: the model that learns.
+      params: its initial parameters.
+      loss: what it learns.
+      batches: ``batches[step]`` is the global batch of that step.
+      optimizer: steps and rates.
+      mesh: the devices.
+      target: the model in the loop, for losses that need one.
+      target_params: its parameters.
+      accumulate: micro-batches per update.
+      save_every: steps between checkpoints to resume from.
+      keep_every: steps between checkpoints kept for good.
+    """
+    shardings = state_shardings(draft.config, optimizer, mesh)
+    target_shardings = None
+    if target is not None:
+        boxed = jax.eval_shape(lambda: init_boxed(target.config, jax.random.key(0)))
+        target_shardings = param_shardings(mesh, boxed)
+        target_params = jax.device_put(target_params, target_shardings)
+    step_fn = build_step(draft, target, loss, optimizer, mesh, shardings, target_shardings, accumulate)
+
+    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep_every) as checkpoints:
+        restored = checkpoints.restore_newest(abstract_state(optimizer, draft.config, shardings))
+        start, state = restored or (0, create_state(optimizer, params, shardings))
+        log = _Log(folder, start, optimizer.steps, distilling=target is not None)
+        for step in range(start, optimizer.steps):
+            batch = _place(batches[step], mesh)
+            state, metrics = step_fn(state, target_params, batch)
+            log.dispatched(step + 1, metrics)
+            finished = step + 1 == optimizer.steps
+            if finished or (step + 1) % save_every == 0 or (keep_every and (step + 1) % keep_every == 0):
+                log.flush()
+                checkpoints.save(step + 1, state)
+        checkpoints.wait()
+        log.close()
+    return state.params
+
+
+def _place(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in rows.items()}
+
+
+class _Log:
+    """Writes step n - 1 after step n was dispatched, so that the device never waits for the host."""
+
+    def __init__(self, folder: Path, start: int, steps: int, distilling: bool):
+        self._metrics = StepLog(folder / "metrics.jsonl", start)
+        self._timing = StepLog(folder / "timing.jsonl", start)
+        self._bar = progress_bar(steps, folder.name, "step", initial=start)
+        self._distilling = distilling
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._clock = time.perf_counter()
+
+    def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        rate = values["tokens"] / seconds
+        self._metrics.write(step, values)
+        self._timing.write(step, {"seconds": round(seconds, 6), "tokens_per_second": round(rate, 1)})
+        shown = {"loss": f"{values['loss']:.3f}", "tok/s": f"{rate:,.0f}"}
+        if self._distilling:
+            shown["acceptance"] = f"{values['acceptance']:.3f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(1)
+        self._pending = None
+
+    def close(self) -> None:
+        self.flush()
+        self._bar.close()
+        self._metrics.close()
+        self._timing.close()

@@ -1,0 +1,122 @@
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from jaxdraft.data.stdlib import PythonLibrary, PythonTask
+from jaxdraft.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SPLITS = ("train", "seed", "eval")
+
+
+def plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def library() -> dict[tuple[str, str], list[str]]:
+    parts = itertools.product(("text", "code", "instructions"), SPLITS)
+    return {(part, split): list(PythonLibrary(part, split).documents()) for part, split in parts}
+
+
+def test_there_is_enough(library):
+    sizes = {key: sum(map(len, documents)) for key, documents in library.items()}
+    assert sizes["text", "train"] > 1_000_000
+    assert sizes["code", "train"] > 4_000_000
+    assert sizes["instructions", "train"] > 1_500_000
+    assert all(len(set(documents)) == len(documents) for (part, _), documents in library.items() if part != "code")
+
+
+def test_splits_do_not_share_documents(library):
+    for part in ("code", "instructions"):
+        everything = [{d for d in library[part, split] if d.strip()} for split in SPLITS]
+        assert not any(a & b for a, b in itertools.combinations(everything, 2))
+
+
+def test_no_evaluated_answer_is_in_the_training_text(library, tokenizer):
+    training = plain(" ".join(d for part in ("text", "code", "instructions") for d in library[part, "train"]))
+    long_answers = [
+        (prompt.id, answer)
+        for prompt in PythonTask("all", "eval", max_tokens=10_000).prompts(tokenizer)
+        if prompt.reference and len(answer := plain(prompt.reference)) >= 100
+    ]
+    assert len(long_answers) > 100
+    assert [name for name, answer in long_answers[:100] if answer in training] == []
+
+
+@pytest.mark.parametrize("kind, least", [("open", 200), ("summary", 40), ("code", 150)])
+def test_tasks(library, tokenizer, kind, least):
+    prompts = PythonTask(kind, "eval", max_tokens=200).prompts(tokenizer)
+    assert len(prompts) >= least
+    assert len({p.id for p in prompts}) == len(prompts)
+    for prompt in prompts:
+        assert prompt.id.startswith(f"{kind}:")
+        assert prompt.extra == {"task": kind}
+        assert 0 < len(prompt.tokens) <= 200
+        assert prompt.tokens == tuple(tokenizer.encode(prompt.text))
+        assert prompt.text.endswith("\n\n### Response:\n")
+        assert prompt.text + prompt.reference in library["instructions", "eval"]
+
+
+def test_what_a_task_asks(tokenizer):
+    tasks = {
+        p.id: (p.text, p.reference)
+        for split in SPLITS
+        for p in PythonTask("all", split, max_tokens=10_000).prompts(tokenizer)
+    }
+    text, reference = tasks["open:queue.Queue.qsize"]
+    assert text == (
+        "### Instruction:\nDescribe this function.\n\n### Input:\n# queue.Queue\ndef qsize(self):\n\n### Response:\n"
+    )
+    assert reference == "Return the approximate size of the queue (not reliable!).\n"
+    text, reference = tasks["code:queue.Queue.qsize"]
+    assert "def qsize(self):\n    '''Return the approximate size of the queue (not reliable!).'''\n\n###" in text
+    assert reference == "    with self.mutex:\n        return self._qsize()\n"
+    text, reference = tasks["summary:queue.Queue"]
+    assert reference.startswith("Create a queue object")
+    assert reference.strip() not in text
+    assert "    def qsize(self)\n" in text
+
+
+def test_limits_are_prefixes(tokenizer):
+    task = PythonTask("open", "seed", max_tokens=120)
+    assert PythonTask("open", "seed", limit=5, max_tokens=120).prompts(tokenizer) == task.prompts(tokenizer)[:5]
+    assert len(list(PythonLibrary("code", limit=3).documents())) == 3
+    kinds = {p.extra["task"] for p in PythonTask("all", "seed", limit=60).prompts(tokenizer)}
+    assert kinds == {"open", "summary", "code"}
+
+
+def test_code_is_source_and_leaves_out_what_is_not_for_reading(library):
+    assert any("def namedtuple(" in source for split in SPLITS for source in library["code", split])
+    everything = "".join(source for split in SPLITS for source in library["code", split])
+    for foreign in ("decoding_table = (", "build_time_vars = {", "class IOBinding"):
+        assert foreign not in everything
+
+
+def test_another_process_gives_the_same(library):
+    code = (
+        "import hashlib, jaxdraft.data.stdlib as s\n"
+        "d = [t for p in ('text', 'code', 'instructions') for t in s.PythonLibrary(p).documents()]\n"
+        "print(hashlib.sha256(repr(d).encode()).hexdigest(), s.PythonLibrary().fingerprint())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONHASHSEED": "1"}
+    )
+    documents = [text for part in ("text", "code", "instructions") for text in library[part, "train"]]
+    here = hashlib.sha256(repr(documents).encode()).hexdigest()
+    assert run.stdout.split() == [here, PythonLibrary().fingerprint()]
+
+
+def test_settings_are_checked_and_plain():
+    for wrong in ({"part": "pairs"}, {"split": "heldout"}):
+        with pytest.raises(ConfigError, match="must be one of"):
+            PythonLibrary(**wrong)
+    with pytest.raises(ConfigError, match="must be one of open, summary, code, all"):
+        PythonTask("chat")
+    assert json.loads(json.dumps(asdict(PythonTask()))) == asdict(PythonTask())

@@ -1,0 +1,181 @@
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.tokenizers import load_tokenizer, tokenizer_files, train_sentencepiece
+
+GOLDEN = {"llama2": "llama-spm", "llama3": "llama-bpe", "phi3-mini": "phi-3"}
+AWKWARD = [
+    "def f(x):\n    if x:\n\treturn  {'a': 1}\n\n\n",
+    "  leading, trailing  ",
+    "\r\nWindows\r\n",
+    "naïve café 漢字 😀 \x7f\x00 end",
+    " ",
+    "\n" * 7 + " " * 37 + "x",
+    "",
+]
+
+
+@pytest.fixture(scope="session")
+def sources() -> list[str]:
+    """A few hundred kB of Python."""
+    files = sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py"))
+    return [path.read_text("utf-8") for path in files]
+
+
+@pytest.fixture(scope="session")
+def trained(sources, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece(sources, folder, 1024)
+    return folder
+
+
+def golden(shared_data: Path, name: str) -> list[tuple[str, list[int]]]:
+    folder = shared_data / "tokenizers" / "golden"
+    texts = (folder / f"{name}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    ids = [[int(i) for i in line.split()] for line in (folder / f"{name}.out").read_text().split("\n")]
+    return list(zip(texts, ids, strict=True))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_ids(shared_data, name):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
+    for text, ids in golden(shared_data, GOLDEN[name]):
+        assert tokenizer.encode(text, bos=False) == ids
+        assert tokenizer.encode(text) == ([tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids)
+        assert "".join(tokenizer.fragments(ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "name, bos, eos, adds_bos, size",
+    [
+        ("llama2", 1, 2, True, 32000),
+        ("llama3", 128000, 128001, True, 128256),
+        ("phi3-mini", 1, 32000, False, 32011),
+    ],
+)
+def test_special_ids(shared_data, name, bos, eos, adds_bos, size):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
+    found = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos, tokenizer.vocab_size)
+    assert found == (bos, eos, adds_bos, size)
+    assert tokenizer.pieces().index(tokenizer.pieces()[eos]) == eos
+
+
+def test_sentencepiece_alone_equals_tokenizer_json(shared_data, tmp_path):
+    both = load_tokenizer(shared_data / "tokenizers" / "llama2")
+    (tmp_path / "tokenizer.model").write_bytes((both.folder / "tokenizer.model").read_bytes())
+    alone = load_tokenizer(tmp_path)
+    assert alone.fingerprint() == both.fingerprint()
+    for text, ids in golden(shared_data, "llama-spm"):
+        assert alone.encode(text) == [1, *ids]
+        assert alone.decode(ids) == both.decode(ids)
+    assert alone.encode("a</s>b") == both.encode("a</s>b") == [1, 263, 2, 289]
+    assert "</s>" in alone.decode([263, 2, 289], skip_special=False)
+
+
+def test_ids_named_only_in_config_json(shared_data, tmp_path):
+    model = shared_data / "models" / "stories260K-hf"
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+def test_trained_round_trip_is_exact(trained, sources):
+    tokenizer = load_tokenizer(trained)
+    for text in [*sources, *AWKWARD]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos, tokenizer.vocab_size) == (1, 2, True, 1024)
+    assert tokenizer.encode("x")[0] == 1
+    assert tokenizer.encode("x", bos=False)[0] != 1
+
+
+def test_trained_json_gives_the_ids_of_the_model(trained, sources):
+    tokenizer = load_tokenizer(trained)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model"))
+    texts = [*sources, *AWKWARD]
+    assert tokenizer.encode_batch(texts, bos=False) == model.encode(texts)
+    assert tokenizer.pieces() == [model.id_to_piece(i) for i in range(1024)]
+
+
+def test_training_gives_the_same_bytes(sources, tmp_path):
+    for name in ("a", "b"):
+        train_sentencepiece(iter(sources), tmp_path / name, 512, max_chars=100_000)
+    files = tokenizer_files(tmp_path / "a")
+    assert [f.name for f in files] == [
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ]
+    assert all(f.read_bytes() == (tmp_path / "b" / f.name).read_bytes() for f in files)
+
+
+def test_training_refuses_a_vocabulary_the_text_cannot_fill(tmp_path):
+    with pytest.raises(ConfigError, match="vocab_size=2000"):
+        train_sentencepiece(["too little"], tmp_path, 2000)
+
+
+def test_fragments_put_a_character_where_it_is_complete(trained):
+    tokenizer = load_tokenizer(trained)
+    ids = tokenizer.encode("é😀!")
+    assert [f for f in tokenizer.fragments(ids) if f] == ["é", "😀", "!"]
+    assert tokenizer.fragments([]) == []
+
+
+def test_fingerprint_sees_two_swapped_pieces(shared_data, tmp_path):
+    original = load_tokenizer(shared_data / "models" / "stories260K-hf")
+    data = json.loads((original.folder / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    first, second = (original.pieces()[i] for i in (300, 301))
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    for path in tokenizer_files(original.folder):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert load_tokenizer(tmp_path).fingerprint() == original.fingerprint()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert load_tokenizer(tmp_path).fingerprint() != original.fingerprint()
+
+
+def test_errors_name_the_folder(tmp_path, trained):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json and tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="no chat template"):
+        load_tokenizer(trained).render([{"role": "user", "content": "hi"}])
+
+
+def test_import_is_light():
+    heavy = "{'jax', 'torch', 'tensorflow', 'transformers', 'matplotlib'}"
+    code = f"import sys, jaxdraft.tokenizers; print(*(set(sys.modules) & {heavy}))"
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert run.stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_transformers_loads_the_trained_folder(trained, sources):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(trained)
+    theirs = transformers.AutoTokenizer.from_pretrained(trained)
+    for text in [*sources[:5], *AWKWARD]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, 1024)
+
+
+@pytest.mark.slow
+def test_render_uses_the_chat_template(shared_data):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
+    text = tokenizer.render([{"role": "user", "content": "Hello"}])
+    assert text.startswith("<|user|>\nHello<|end|>\n")
+    assert text.rstrip().endswith("<|assistant|>")
+    ids = tokenizer.encode(text, bos=False)
+    assert [tokenizer.pieces()[i] for i in (ids[0], ids[-1])] == ["<|user|>", "<|assistant|>"]
