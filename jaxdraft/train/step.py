@@ -74,7 +74,7 @@ def build_step(
         metrics = {
             "loss": total / weight,
             **{name: value / weight for name, value in sums.items() if name != "tokens"},
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": sums["tokens"],
         }

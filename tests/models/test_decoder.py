@@ -101,8 +101,8 @@ def test_segments_do_not_see_each_other(tiny_params):
 
 
 def test_a_cache_with_scanned_layers_is_refused(tiny_params):
+    one = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="scan=False"):
-        one = jnp.zeros((1, 1), jnp.int32)
         Decoder(TINY).apply({"params": tiny_params}, one, one, cache=init_cache(TINY, 1, 4, jnp.float32))
 
 

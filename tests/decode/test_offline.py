@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+
+from jaxdraft.decode import acceptance_ratios, block_efficiency, expected_blocks, generate, speculative_generate
+from jaxdraft.errors import ConfigError
+from jaxdraft.models import Decoder
+from jaxdraft.models.hf import load_model
+
+LIMIT = 25
+
+
+def padded(tokens, size=48):
+    return np.pad(np.asarray([tokens]), ((0, 0), (0, size - len(tokens))))
+
+
+def simulate(accept, block_size, rng):
+    """Blocks of one run of the loop in which draft j is accepted with probability ``accept[j]``."""
+    t = blocks = 0
+    while t < len(accept):
+        blocks += 1
+        passed = rng.random(block_size) < np.pad(accept[t : t + block_size], (0, block_size))[:block_size]
+        t += 1 + int(np.cumprod(passed).sum())
+    return blocks
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 7])
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_expected_blocks_is_the_mean_of_simulated_loops(block_size, count):
+    rng = np.random.default_rng(0)
+    accept = rng.random(count) ** 0.5
+    runs = [simulate(accept, block_size, rng) for _ in range(4000)]
+    error = 4 * np.std(runs) / 4000**0.5 + 1e-9
+    assert expected_blocks(accept, block_size) == pytest.approx(np.mean(runs), abs=error)
+
+
+def test_expected_blocks_of_certain_outcomes():
+    assert expected_blocks(np.ones(12), 3) == 3
+    assert expected_blocks(np.ones(13), 3) == 4
+    assert expected_blocks(np.zeros(12), 3) == 12
+    assert expected_blocks(np.asarray([1, 0, 1, 1, 1, 0.0]), 2) == 3
+    assert block_efficiency([np.ones(12), np.zeros(4)], 3) == 16 / 7
+    assert np.isnan(block_efficiency([], 3))
+
+
+@pytest.mark.parametrize("end", [(24,), (6,)])
+def test_greedy_counts_equal_the_loops(end, tiny, prompts):
+    results = speculative_generate(*tiny.models, prompts, block_size=4, max_new_tokens=LIMIT, batch_size=8, eos_ids=end)
+    ratios = acceptance_ratios(*tiny.models, prompts, [r.tokens for r in results])
+    for result, ratio in zip(results, ratios, strict=True):
+        assert set(ratio.accept_N.tolist()) <= {0, 1}
+        assert expected_blocks(ratio.accept_N, 4) == len(result.accepted)
+
+
+def test_greedy_counts_equal_the_loops_on_real_models(stories):
+    prompts = [[1], [1, 403], [1, 410, 300, 280]]
+    answers = generate(stories.target, stories.target_params, prompts, max_new_tokens=60, batch_size=3)
+    results = speculative_generate(*stories.models, prompts, block_size=4, max_new_tokens=60, batch_size=3)
+    ratios = acceptance_ratios(*stories.models, prompts, answers)
+    assert [expected_blocks(r.accept_N, 4) for r in ratios] == [len(r.accepted) for r in results]
+
+
+def test_sampled_block_efficiency_equals_the_loops(tiny):
+    count, how = 256, {"temperature": 0.8, "top_p": 0.9}
+    prompts = [[i % 24, i // 24] for i in range(count)]
+    settings = how | {"max_new_tokens": LIMIT, "batch_size": 8}
+    answers = generate(tiny.target, tiny.target_params, prompts, **settings)
+    results = speculative_generate(*tiny.models, prompts, block_size=4, **settings)
+    ratios = acceptance_ratios(*tiny.models, prompts, answers, **how)
+    offline = np.asarray([expected_blocks(r.accept_N, 4) for r in ratios])
+    online = np.asarray([len(r.accepted) for r in results])
+    error = ((offline.var() + online.var()) / count) ** 0.5
+    assert error < 0.05 * online.mean()
+    assert abs(offline.mean() - online.mean()) < 3 * error
+
+
+def test_overlap_and_acceptance_are_those_of_the_distributions(tiny, prompts, plain_forward):
+    answers = generate(tiny.target, tiny.target_params, prompts, max_new_tokens=LIMIT, temperature=0.7)
+    ratios = acceptance_ratios(*tiny.models, prompts, answers, temperature=0.7)
+    for prompt, answer, ratio in zip(prompts, answers, ratios, strict=True):
+        laws = []
+        for decoder, params in (tiny.models[:2], tiny.models[2:]):
+            logits = np.asarray(plain_forward(decoder, params, padded(prompt + answer)), np.float64)
+            weights = np.exp(logits[0, len(prompt) - 1 :][: len(answer)] / 0.7)
+            laws.append(weights / weights.sum(axis=1, keepdims=True))
+        q, p = laws
+        rows = np.arange(len(answer))
+        np.testing.assert_allclose(ratio.overlap_N, np.minimum(p, q).sum(axis=1), rtol=1e-4)
+        np.testing.assert_allclose(ratio.accept_N, np.minimum(1, p[rows, answer] / q[rows, answer]), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_stacked_parameters_give_the_same_ratios(stories, shared_data):
+    loaded = [load_model(shared_data / "models" / name) for name in ("stories260K-hf", "llama2xs-hf")]
+    stacked = [x for config, params in loaded for x in (Decoder(config), params)]
+    text = [[1]], [list(range(300, 320))]
+    (a,), (b,) = (acceptance_ratios(*models, *text, temperature=1.0) for models in (stories.models, stacked))
+    np.testing.assert_allclose(a.accept_N, b.accept_N, rtol=1e-3)
+
+
+def test_broken_weights_are_an_error(tiny):
+    broken = dict(tiny.draft_params)
+    broken["head"] = broken["head"].at[0, 3].set(np.nan)
+    with pytest.raises(FloatingPointError, match="prompt 0"):
+        acceptance_ratios(tiny.target, tiny.target_params, tiny.draft, broken, [[1, 2]], [[3]])
+
+
+def test_answers_must_fit_the_prompts(tiny):
+    with pytest.raises(ConfigError, match="2 prompts, 1 answers"):
+        acceptance_ratios(*tiny.models, [[1], [2]], [[3]])

@@ -1,0 +1,88 @@
+"""Checkpoints: what comes back is what went in, on any mesh, or it does not come back at all."""
+
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdraft.checkpoint import Checkpoints, fingerprint
+
+
+def state(step):
+    return {"w": jax.random.normal(jax.random.key(step), (64, 32)), "n": jnp.asarray(step, jnp.int32)}
+
+
+ABSTRACT = jax.eval_shape(lambda: state(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder, keep_every=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step))
+        checkpoints.wait()
+    return folder
+
+
+def test_the_newest_state_comes_back(saved):
+    with Checkpoints(saved, keep_every=1) as checkpoints:
+        assert checkpoints.steps == [1, 2, 3]
+        step, restored = checkpoints.restore_newest(ABSTRACT)
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+
+
+def test_only_the_newest_and_the_kept_ones_stay(tmp_path):
+    with Checkpoints(tmp_path, keep_every=4) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, state(step))
+        checkpoints.wait()
+        assert checkpoints.steps == [4, 7]
+
+
+def test_an_empty_folder_has_no_state(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_newest(ABSTRACT) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_is_noticed_and_the_step_before_is_used(saved, tmp_path, seed):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    arrays = [p for p in (folder / "3" / "state").rglob("*") if p.is_file() and p.stat().st_size > 4096]
+    path = max(arrays, key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    place = random.Random(seed).randrange(len(content) * 8)
+    content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+    with Checkpoints(folder, keep_every=1) as checkpoints:
+        step, restored = checkpoints.restore_newest(ABSTRACT)
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, restored, state(2))
+
+
+def test_a_run_never_starts_over_silently(saved, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    for step in ("1", "2", "3"):
+        shutil.rmtree(folder / step / "state")
+    with Checkpoints(folder, keep_every=1) as checkpoints, pytest.raises(ValueError, match=r"no checkpoint .* intact"):
+        checkpoints.restore_newest(ABSTRACT)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_another_shape_or_dtype_is_refused(saved, change):
+    wrong = {"shape": ((32, 32), jnp.float32), "dtype": ((64, 32), jnp.bfloat16)}[change]
+    with Checkpoints(saved, keep_every=1) as checkpoints, pytest.raises(ValueError, match="3"):
+        checkpoints.restore({**ABSTRACT, "w": jax.ShapeDtypeStruct(*wrong)}, 3)
+
+
+def test_the_fingerprint_sees_flips_and_swaps():
+    base = jnp.arange(8, dtype=jnp.float32)
+    assert (fingerprint([base]) == fingerprint([base + 0])).all()
+    assert (fingerprint([base]) != fingerprint([base.at[3].set(3.0000002)])).all()
+    assert (fingerprint([base]) != fingerprint([base[::-1]])).all()

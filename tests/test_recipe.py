@@ -1,0 +1,140 @@
+"""Recipes and overrides: what fits lands typed where it belongs, what does not is answered by name."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.losses import KL, TVDPlusPlus
+from jaxdraft.recipe import CONFIGS, HFModel, find_recipe, load_recipe
+from jaxdraft.settings import to_json
+
+TINY = str(Path(__file__).with_name("tiny_recipe.py"))
+
+
+def setting(assignment, name):
+    return getattr(load_recipe(TINY, [assignment]).stage("distill"), name)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "name", "value"),
+    [
+        ("distill.steps=1_000", "steps", 1000),
+        ("distill.learning_rate=3e-4", "learning_rate", 3e-4),
+        ("distill.remat=true", "remat", True),
+        ("distill.decay=cosine", "decay", "cosine"),
+        ("distill.keep_every=none", "keep_every", None),
+        ("distill.loss=KL", "loss", KL()),
+        ("distill.loss.temperature=0.5", "loss", TVDPlusPlus(temperature=0.5)),
+        ("distill.data.corpus=0.7", "data", {"responses": 0.2, "corpus": 0.7}),
+        ("distill.data=corpus", "data", "corpus"),
+    ],
+)
+def test_overrides_land_typed_where_they_belong(assignment, name, value):
+    assert setting(assignment, name) == value
+
+
+def test_arguments_fields_and_nested_values_can_be_set():
+    recipe = load_recipe(
+        TINY,
+        [
+            "steps=9",
+            "seed=7",
+            "draft.hidden_size=32",
+            "mesh.fsdp=1",
+            "responses.temperatures=0,0.5",
+            "evaluate.tasks.greedy.max_new_tokens=5",
+            "evaluate.tasks.0.prompts.limit=2",
+            "evaluate.block_sizes=3,5",
+        ],
+    )
+    assert recipe.seed == 7
+    assert recipe.draft.hidden_size == 32
+    assert recipe.stage("target").steps == 9
+    assert recipe.stage("responses").temperatures == (0.0, 0.5)
+    tasks = recipe.stage("evaluate").tasks
+    assert tasks[1].max_new_tokens == 5
+    assert tasks[0].prompts.limit == 2
+    assert recipe.stage("evaluate").block_sizes == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "answer"),
+    [
+        ("distil.steps=3", "did you mean 'distill'"),
+        ("distill.step=3", "did you mean 'steps'"),
+        ("seeed=3", "did you mean 'seed'"),
+        ("draft.hiden_size=3", "did you mean 'hidden_size'"),
+        ("evaluate.tasks.gredy.top_p=1", "did you mean 'greedy'"),
+        ("distill.data.corpuss=1", "did you mean 'corpus'"),
+        ("distill.loss=TVDPlus", "did you mean 'TVDPlusPlus'"),
+        ("distill.init=pretrian", "did you mean 'pretrain'"),
+        ("evaluate.drafts=pretrain,distil", "did you mean 'distill'"),
+        ("export.draft=corpus", "no earlier Train stage 'corpus'"),
+        ("distill.steps=many", "cannot read 'many' as int"),
+        ("distill.steps=1e3", "cannot read '1e3' as int"),
+        ("distill.remat=perhaps", "cannot read 'perhaps' as bool"),
+        ("distill.decay=square", "cannot read 'square'"),
+        ("distill.steps=0", "steps is 0"),
+        ("distill.learning_rate=-1", "learning_rate is -1"),
+        ("distill.warmup_steps=6", "warmup_steps is 6"),
+        ("distill.b1=1", "b1 and b2"),
+        ("distill.batch_size=0", "batch_size is 0"),
+        ("distill.accumulate=3", "accumulate divides batch_size"),
+        ("distill.save_every=0", "save_every"),
+        ("draft.num_kv_heads=3", "num_heads"),
+        ("draft.hidden_size=15", "hidden_size"),
+        ("corpus.length=1", "length is 1"),
+        ("responses.temperatures=-1", "temperatures"),
+        ("responses.top_p=0", "top_p is 0"),
+        ("responses.max_new_tokens=0", "must be positive"),
+        ("evaluate.block_sizes=0", "block_sizes"),
+        ("evaluate.tasks.open.top_p=2", "top_p"),
+        ("distill", "write NAME=VALUE"),
+        ("distill=3", "name a field of stage"),
+        ("seed.x=3", "int has no field 'x'"),
+        ("seed=-1", "seed is -1"),
+        ("mesh=8", "cannot read '8'"),
+    ],
+)
+def test_what_does_not_fit_is_answered_by_name(assignment, answer):
+    with pytest.raises(ConfigError, match=answer.replace("(", r"\(")):
+        load_recipe(TINY, [assignment])
+
+
+def test_every_shipped_recipe_loads():
+    arguments = {"tinystories": ["target.path=somewhere", "text.path=something.txt"]}
+    for path in CONFIGS.glob("*.py"):
+        recipe = load_recipe(path.stem, arguments.get(path.stem, []))
+        assert to_json(recipe)["title"]
+
+
+def test_a_required_argument_is_asked_for():
+    with pytest.raises(ConfigError, match=r"needs --set target\.path="):
+        load_recipe("tinystories")
+    given = ["target.path=a", "text.path=b.txt", "text.field=story"]
+    assert load_recipe("tinystories", given).target == HFModel("a")
+
+
+def test_a_recipe_that_does_not_exist_gets_a_suggestion():
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        find_recipe("quickstrat")
+
+
+def test_a_file_without_a_recipe_is_refused(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="defines no function recipe"):
+        load_recipe(str(tmp_path / "empty.py"))
+
+
+def test_stages_are_checked_against_each_other():
+    recipe = load_recipe(TINY)
+    with pytest.raises(ConfigError, match="two stages are called 'target'"):
+        dataclasses.replace(recipe, stages=(*recipe.stages, recipe.stage("target")))
+    with pytest.raises(ConfigError, match="needs tokenizer="):
+        dataclasses.replace(recipe, tokenizer=None)
+    with pytest.raises(ConfigError, match="reads 'nothing', which no earlier stage"):
+        dataclasses.replace(recipe, target="nothing")
+    with pytest.raises(ConfigError, match="which no earlier stage makes"):
+        dataclasses.replace(recipe, stages=(recipe.stage("corpus"), recipe.stage("tokenizer"), recipe.stage("target")))
