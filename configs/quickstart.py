@@ -16,13 +16,13 @@ from jaxdraft.losses import KL, TVD, CrossEntropy, TVDPlusPlus
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import Evaluate, Export, Generate, Prepare, Recipe, Train, TrainTokenizer
 
-CORPUS = (PythonLibrary("text"), PythonLibrary("instructions"), PythonLibrary("code", limit=150))
-LENGTH = 192
+CORPUS = (PythonLibrary("text"), PythonLibrary("instructions"), PythonLibrary("code", limit=60))
+LENGTH = 160
 
 TARGET = ModelConfig(
-    hidden_size=128, intermediate_size=384, num_layers=8, num_heads=4, num_kv_heads=4, max_positions=512
+    hidden_size=128, intermediate_size=384, num_layers=6, num_heads=2, num_kv_heads=2, max_positions=512
 )
-DRAFT = ModelConfig(hidden_size=96, intermediate_size=256, num_layers=1, num_heads=3, num_kv_heads=3, max_positions=512)
+DRAFT = ModelConfig(hidden_size=64, intermediate_size=192, num_layers=1, num_heads=2, num_kv_heads=2, max_positions=512)
 
 
 def distil(name, loss):
@@ -31,17 +31,17 @@ def distil(name, loss):
         init="pretrain",
         data={"responses": 0.9, "corpus": 0.1},
         loss=loss,
-        steps=200,
+        steps=160,
         batch_size=20,
         learning_rate=2e-3,
         warmup_steps=10,
-        save_every=100,
-        keep_every=50,
+        save_every=80,
+        keep_every=40,
     )
 
 
 def task(name, kind, count, **decoding):
-    prompts = PythonTask(kind, split="eval", limit=count, max_tokens=128)
+    prompts = PythonTask(kind, split="eval", limit=count, max_tokens=96)
     return Task(name, prompts, max_new_tokens=64, **decoding)
 
 
@@ -65,30 +65,31 @@ def recipe():
                 data="corpus",
                 loss=CrossEntropy(),
                 steps=500,
-                batch_size=16,
-                learning_rate=4e-3,
-                warmup_steps=50,
+                batch_size=10,
+                learning_rate=5e-3,
+                warmup_steps=40,
+                b2=0.98,
                 save_every=100,
             ),
             Train(
                 "pretrain",
                 data="corpus",
                 loss=CrossEntropy(),
-                steps=400,
+                steps=300,
                 batch_size=20,
                 learning_rate=6e-3,
                 warmup_steps=20,
-                save_every=200,
+                save_every=100,
             ),
             Generate(
                 "responses",
-                prompts=(PythonTask("all", split="seed", limit=320, max_tokens=96),),
+                prompts=(PythonTask("all", split="seed", limit=256, max_tokens=96),),
                 temperatures=(0.0, 0.3, 0.7, 1.0),
                 top_p=0.95,
                 max_new_tokens=64,
                 length=LENGTH,
                 batch_size=64,
-                shard_size=320,
+                shard_size=256,
             ),
             distil("distill-kl", KL()),
             distil("distill-tvd", TVD()),
@@ -97,9 +98,9 @@ def recipe():
                 "evaluate",
                 drafts=("pretrain", *distilled),
                 tasks=(
-                    task("open", "open", 24, temperature=0.6, top_p=0.9),
-                    task("summary", "summary", 24),
-                    task("code", "code", 24),
+                    task("open", "open", 16, temperature=0.6, top_p=0.9),
+                    task("summary", "summary", 16),
+                    task("code", "code", 16),
                 ),
                 block_sizes=(3, 5),
                 over_checkpoints=True,

@@ -185,6 +185,8 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         for prompt in source.prompts(context.tokenizer)
         for temperature in stage.temperatures
     ]
+    if not questions:
+        raise ConfigError(f"{stage.name}: no prompts: all of them are longer than the source's max_tokens allows")
     shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
     paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
     target: Model | None = None

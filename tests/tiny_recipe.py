@@ -10,7 +10,7 @@ TEXT = (PythonLibrary("text", limit=60),)
 
 
 def recipe(*, steps: int = 6):
-    prompts = PythonTask("open", split="eval", limit=3, max_tokens=60)
+    prompts = PythonTask("open", split="eval", limit=3, max_tokens=100)
     return Recipe(
         title="Tiny",
         tokenizer="tokenizer",
@@ -32,7 +32,7 @@ def recipe(*, steps: int = 6):
             Train("pretrain", data="corpus", loss=CrossEntropy(), steps=steps, batch_size=10, save_every=2),
             Generate(
                 "responses",
-                prompts=(PythonTask("open", split="seed", limit=6, max_tokens=60),),
+                prompts=(PythonTask("open", split="seed", limit=6, max_tokens=100),),
                 length=64,
                 temperatures=(0.0, 1.0),
                 max_new_tokens=16,

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdraft.decode.batching import bucket_length, per_prompt
+from jaxdraft.decode.batching import per_prompt
 from jaxdraft.decode.sampling import Sampling, probabilities
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
 
 _CHUNK = 16
+_LENGTH_STEP = 64
 
 
 class Acceptance(NamedTuple):
@@ -71,13 +72,13 @@ def acceptance_ratios(
     temperatures = per_prompt("temperature", temperature, len(prompts), np.float32)
     top_ps = per_prompt("top_p", top_p, len(prompts), np.float32)
     greedy = not np.any(temperatures)
-    new = bucket_length(max(map(len, answers), default=1))
+    new = -(-max(map(len, answers), default=1) // _CHUNK) * _CHUNK
     found: list[Acceptance] = [Acceptance(np.zeros(0), np.zeros(0)) for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    for begin in range(0, len(order), batch_size):
-        indices = order[begin : begin + batch_size]
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    total = -(-max(lengths, default=1) // _LENGTH_STEP) * _LENGTH_STEP
+    for begin in range(0, len(prompts), batch_size):
+        indices = list(range(begin, min(begin + batch_size, len(prompts))))
         rows = indices + indices[:1] * (batch_size - len(indices))
-        total = bucket_length(max(len(prompts[i]) + len(answers[i]) for i in rows))
         tokens_BT = np.zeros((batch_size, total), np.int32)
         for row, i in enumerate(rows):
             text = [*prompts[i], *answers[i]]

@@ -41,7 +41,7 @@ from jaxdraft.decode.sampling import (
     uniforms,
 )
 from jaxdraft.errors import ConfigError
-from jaxdraft.models.cache import KVCache
+from jaxdraft.models.cache import KVCache, slots
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
 
 
@@ -245,7 +245,7 @@ def _leading(passed_BG: jax.Array) -> jax.Array:
 def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, keys):
     target_head_DV = head_weight(target_decoder.config, target_params)
     draft_head_DV = head_weight(draft_decoder.config, draft_params)
-    G, nowhere = block_size, state.target_cache.k[0].shape[1]
+    G, nowhere = block_size, slots(state.target_cache)
     rows_B1 = jnp.arange(state.tokens_BS.shape[0])[:, None]
 
     def propose(state, live_B):

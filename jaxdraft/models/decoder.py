@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxdraft.models.cache import KVCache, write
+from jaxdraft.models.cache import KVCache, attend, slots, write
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.rope import rope_angles, rotate
 
@@ -43,10 +43,11 @@ class Block(nn.Module):
         k_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self._weight("wk", (D, K, H), ("embed", "kv_heads", None)))
         v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self._weight("wv", (D, K, H), ("embed", "kv_heads", None)))
         q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
-        if cache is not None:
+        if cache is None:
+            o_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None])
+        else:
             cache = write(cache[0], k_BTKH, positions_BT), write(cache[1], v_BTKH, positions_BT)
-            k_BTKH, v_BTKH = cache
-        o_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None])
+            o_BTNH = attend(q_BTNH, cache[0], cache[1], mask_BTS)
         x_BTD += jnp.einsum("btnh,nhd->btd", o_BTNH, self._weight("wo", (N, H, D), ("heads", None, "embed")))
 
         h_BTD = rms_norm(x_BTD, self._weight("mlp_norm", (D,), ("norm",)), c.rms_norm_eps)
@@ -117,7 +118,7 @@ class Decoder(nn.Module):
         if cache is None:
             mask_BTS = _causal_mask(tokens_BT.shape, segment_ids_BT)
         else:
-            mask_BTS = jnp.arange(cache.k[0].shape[1]) <= positions_BT[:, :, None]
+            mask_BTS = jnp.arange(slots(cache)) <= positions_BT[:, :, None]
 
         if self.scan:
             x_BTD, _ = self._scanned(dtype)(x_BTD, cos, sin, positions_BT, mask_BTS)

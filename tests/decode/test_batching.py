@@ -11,22 +11,22 @@ DEFAULTS = {
     "example_ids": None,
     "batch_size": 2,
     "vocab_size": 10,
-    "max_positions": 64,
+    "max_positions": 512,
 }
 
 
 def test_bucket_lengths_are_powers_of_two():
-    assert [bucket_length(n) for n in (1, 16, 17, 32, 33, 1024, 1025)] == [16, 16, 32, 32, 64, 1024, 2048]
+    assert [bucket_length(n) for n in (1, 128, 129, 256, 257, 1024, 1025)] == [128, 128, 256, 256, 512, 1024, 2048]
 
 
 def test_every_prompt_is_in_one_batch_with_its_own_settings():
-    prompts = [[1] * n for n in (3, 20, 1, 16, 5)]
+    prompts = [[1] * n for n in (3, 200, 1, 128, 5)]
     limits, temperatures, ids = [1, 2, 3, 4, 5], [0.0, 0.1, 0.2, 0.3, 0.4], [9, 8, 7, 6, 2**32 - 1]
     batches = prompt_batches(
         prompts, **DEFAULTS | {"max_new_tokens": limits, "temperature": temperatures, "example_ids": ids}
     )
     assert [batch.indices for batch in batches] == [[0, 2], [3, 4], [1]]
-    assert [batch.bucket for batch in batches] == [16, 16, 32]
+    assert [batch.bucket for batch in batches] == [128, 128, 256]
     for batch in batches:
         assert batch.tokens_BS.shape == (2, batch.bucket + 5)
         for row, i in enumerate(batch.indices):
@@ -54,7 +54,7 @@ def test_no_prompts_no_batches():
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[10]]}, "prompt 0 has token ids from 10 to 10"),
         ({"prompts": [[-1]]}, "another tokenizer"),
-        ({"prompts": [[1] * 57]}, "57 tokens and may grow by 8, past the model's 64"),
+        ({"prompts": [[1] * 505]}, "505 tokens and may grow by 8, past the model's 512"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": [1, 2]}, "one per prompt"),
         ({"temperature": -0.1}, "temperature"),

@@ -89,7 +89,7 @@ def test_one_compilation_per_bucket(tiny, prompts):
     write(tiny, prompts[:3])
     write(tiny, prompts[::-1], max_new_tokens=[LIMIT] + [3] * (len(prompts) - 1))
     assert compiled() == before
-    write(tiny, [[1] * 17])
+    write(tiny, [[1] * 129])
     assert compiled() == tuple(n + 1 for n in before)
 
 

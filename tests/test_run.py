@@ -1,0 +1,265 @@
+"""A whole recipe, really run: what is done stays done, what changed runs again, what was killed ends the same."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxdraft.cli import main
+from jaxdraft.errors import ConfigError
+from jaxdraft.export import export_stage
+from jaxdraft.recipe import load_recipe
+from jaxdraft.run import plan_all, run
+from jaxdraft.tokenizers import load_tokenizer
+
+TINY = str(Path(__file__).with_name("tiny_recipe.py"))
+# Their bytes depend on recipe and seed alone; results hold times.
+REPEATABLE = ("*/metrics.jsonl", "responses/*.jsonl", "*/*.array_record", "export/*.safetensors", "export/*.json")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    report = run(load_recipe(TINY), workdir)
+    assert report == workdir / "report" / "index.html"
+    return workdir
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    return Path(shutil.copytree(tiny_run, tmp_path / "copy"))
+
+
+def hashes(workdir):
+    files = sorted({file for pattern in REPEATABLE for file in workdir.glob(pattern) if file.name != "stage.json"})
+    return {str(file.relative_to(workdir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def states(workdir, *assignments):
+    return {plan.stage.name: plan.state for plan in plan_all(load_recipe(TINY, assignments), workdir)}
+
+
+def test_every_stage_leaves_what_the_interface_promises(tiny_run):
+    record = json.loads((tiny_run / "run.json").read_text())
+    assert {"git", "packages", "devices", "mesh", "seed", "xla_flags"} <= record.keys()
+    recipe = json.loads((tiny_run / "recipe.json").read_text())
+    for stage in recipe["stages"]:
+        made = json.loads((tiny_run / stage["name"] / "stage.json").read_text())
+        assert made["status"] == "done"
+        assert made["outputs"]
+        for name, digest in made["outputs"].items():
+            assert hashlib.sha256((tiny_run / stage["name"] / name).read_bytes()).hexdigest() == digest
+    for name in ("target", "pretrain", "distill"):
+        metrics = [json.loads(line) for line in (tiny_run / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in metrics] == list(range(1, 7))
+        assert not any("second" in key or "time" in key for key in metrics[0])
+        assert ("acceptance" in metrics[0]) == (name == "distill")
+
+
+def test_results_are_complete_and_consistent(tiny_run):
+    for draft in ("pretrain", "distill"):
+        results = json.loads((tiny_run / "evaluate" / draft / "results.json").read_text())
+        assert results["parameters"]["ratio"] == results["parameters"]["draft"] / results["parameters"]["target"]
+        samples = (tiny_run / "evaluate" / draft / "samples.jsonl").read_text().splitlines()
+        assert len(samples) == sum(row["prompts"] for row in results["runs"])
+        for row in results["runs"]:
+            assert row["tokens"] / row["blocks"] == pytest.approx(row["block_efficiency"], abs=1e-6)
+            assert row["mbsu"] == pytest.approx(
+                row["block_efficiency"] / (results["parameters"]["ratio"] * row["block_size"] + 1), abs=1e-5
+            )
+            low, high = row["block_efficiency_ci95"]
+            assert low <= row["block_efficiency"] <= high
+            if row["temperature"] == 0:
+                assert row["identical_to_target"] == row["prompts"]
+                assert row["block_efficiency_offline"] == row["block_efficiency"]
+    lines = [json.loads(line) for line in (tiny_run / "evaluate" / "checkpoints.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if line["draft"] == "distill"} == {3, 6}
+
+
+def test_the_last_checkpoint_is_the_model_that_was_evaluated(tiny_run):
+    results = json.loads((tiny_run / "evaluate" / "distill" / "results.json").read_text())
+    expected = {row["task"]: row["block_efficiency_offline"] for row in results["runs"]}
+    for line in map(json.loads, (tiny_run / "evaluate" / "checkpoints.jsonl").read_text().splitlines()):
+        if (line["draft"], line["step"]) == ("distill", 6):
+            assert line["block_efficiency_offline"] == expected[line["task"]]
+
+
+def test_responses_keep_the_settings_that_made_them(tiny_run):
+    files = sorted((tiny_run / "responses").glob("responses-*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(lines) == 12
+    assert len({line["id"] for line in lines}) == 12
+    assert {line["temperature"] for line in lines} == {0.0, 1.0}
+    tokenizer = load_tokenizer(tiny_run / "tokenizer")
+    for line in lines:
+        assert line["top_p"] == 0.95
+        assert len(line["tokens"]) <= 16
+        assert line["text"] == tokenizer.decode(line["tokens"])
+        assert (line["finish"] == "eos") == (line["tokens"][-1] == tokenizer.eos_id)
+
+
+def test_a_second_run_does_nothing(tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
+    assert set(states(tiny_run).values()) == {"done"}
+    run(load_recipe(TINY), tiny_run)
+    changed = {path.name for path, time_ns in before.items() if path.stat().st_mtime_ns != time_ns}
+    assert changed <= {"recipe.json", ".lock"}
+
+
+def test_a_changed_setting_reruns_its_stage_and_what_depends_on_it(copy, capsys):
+    assert states(copy, "distill.learning_rate=2e-3") == {
+        **dict.fromkeys(("tokenizer", "corpus", "target", "pretrain", "responses"), "done"),
+        "distill": "changed",
+        "evaluate": "waiting",
+        "export": "waiting",
+    }
+    before = (copy / "export" / "model.safetensors").read_bytes()
+    run(load_recipe(TINY, ["distill.learning_rate=2e-3"]), copy)
+    said = capsys.readouterr().err
+    assert "distill (Train): runs again, learning_rate was 0.001 and is 0.002" in said
+    assert "superseded/distill.1" in said
+    assert (copy / "superseded" / "distill.1" / "model" / "model.safetensors").exists()
+    assert (copy / "export" / "model.safetensors").read_bytes() != before
+
+
+def test_another_seed_or_shape_changes_what_depends_on_it(tiny_run):
+    assert states(tiny_run, "draft.hidden_size=32")["pretrain"] == "changed"
+    assert states(tiny_run, "draft.hidden_size=32")["target"] == "done"
+    assert states(tiny_run, "seed=1")["tokenizer"] == "changed"
+
+
+def test_lost_output_is_made_again(copy):
+    (copy / "export" / "model.safetensors").unlink()
+    assert states(copy)["export"] == "unfinished"
+
+
+def test_only_runs_what_it_names(copy, tmp_path, capsys):
+    for name in ("evaluate", "export"):
+        shutil.rmtree(copy / name)
+    run(load_recipe(TINY, ["export.evaluation=none"]), copy, only=["export"])
+    assert (copy / "export" / "config.json").exists()
+    assert not (copy / "evaluate").exists()
+    with pytest.raises(ConfigError, match="'tokenizer' has to run first"):
+        run(load_recipe(TINY), tmp_path / "new", only=["corpus"])
+    with pytest.raises(ConfigError, match="did you mean 'export'"):
+        run(load_recipe(TINY), copy, only=["exprot"])
+
+
+def test_rows_made_with_another_tokenizer_are_refused(copy):
+    record = json.loads((copy / "corpus" / "manifest.json").read_text())
+    (copy / "corpus" / "manifest.json").write_text(json.dumps({**record, "tokenizer": "another"}))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        run(load_recipe(TINY, ["pretrain.steps=7"]), copy, only=["pretrain"])
+
+
+def test_a_damaged_row_file_is_named(copy):
+    (shard,) = (copy / "corpus").glob("*.array_record")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ConfigError, match=shard.name):
+        run(load_recipe(TINY, ["pretrain.steps=7"]), copy, only=["pretrain"])
+
+
+def test_an_export_holds_the_trained_weights_and_the_targets_tokenizer(tiny_run, tmp_path):
+    exported = load_file(tiny_run / "export" / "model.safetensors")
+    trained = load_file(tiny_run / "distill" / "model" / "model.safetensors")
+    assert exported.keys() == trained.keys()
+    for name, weights in trained.items():
+        assert exported[name].dtype.name == "bfloat16"
+        np.testing.assert_allclose(exported[name].astype(np.float32), weights, rtol=2**-8)
+    for file in (tiny_run / "tokenizer").glob("tokenizer*"):
+        assert (tiny_run / "export" / file.name).read_bytes() == file.read_bytes()
+    generation = json.loads((tiny_run / "export" / "generation_config.json").read_text())
+    assert generation["num_assistant_tokens"] == 5
+    assert generation["assistant_confidence_threshold"] == 0.0
+    assert "| greedy | 0.0 | 2 |" in (tiny_run / "export" / "README.md").read_text()
+    export_stage(tiny_run, "distill", tmp_path / "again", dtype="bfloat16", evaluation="evaluate")
+    for file in (tmp_path / "again").iterdir():
+        assert file.read_bytes() == (tiny_run / "export" / file.name).read_bytes()
+    with pytest.raises(ConfigError, match=r"no finished Train stage 'corpus'; it has: distill, pretrain, target"):
+        export_stage(tiny_run, "corpus", tmp_path / "no")
+
+
+def test_the_command_line_evaluates_and_samples_the_export(tiny_run, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def f(x):"}\n{"id": "two", "prompt": "Return", "kept": 1}\n')
+    target, draft = str(tiny_run / "target" / "model"), str(tiny_run / "export")
+    pair = ["--target", target, "--draft", draft, "--max-new-tokens", "8"]
+    out = tmp_path / "out"
+    assert main(["evaluate", *pair, "--prompts", str(prompts), "--block-sizes", "2", "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["runs"][0]["task"] == "prompts"
+    assert results["runs"][0]["identical_to_target"] == 2
+    assert [json.loads(line)["id"] for line in (out / "samples.jsonl").read_text().splitlines()] == ["1", "two"]
+    capsys.readouterr()
+    assert main(["sample", *pair, "--prompt", "def f(x):", "--block-size", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("def f(x):")
+    assert "runs of the target" in printed.err
+
+
+def test_wrong_input_exits_with_2_and_a_held_directory_with_75(tiny_run, tmp_path, shared_data, capsys):
+    assert main(["run", TINY, "--workdir", str(tmp_path), "--set", "distil.steps=1"]) == 2
+    assert "did you mean 'distill'" in capsys.readouterr().err
+    other = str(shared_data / "models" / "stories260K-hf")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    out = ["--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    assert main(["evaluate", "--target", other, "--draft", str(tiny_run / "export"), *out]) == 2
+    assert "different tokenizers: id" in capsys.readouterr().err
+    import fcntl
+
+    with (tiny_run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(["run", TINY, "--workdir", str(tiny_run)]) == 75
+    assert "another jaxdraft run" in capsys.readouterr().err
+
+
+def start(workdir, *arguments):
+    command = [sys.executable, "-m", "jaxdraft.cli", "run", TINY, "--workdir", str(workdir), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+
+
+@pytest.mark.slow
+def test_a_fresh_process_gives_the_same_bytes(tiny_run, tmp_path):
+    assert start(tmp_path / "fresh").wait() == 0
+    assert hashes(tmp_path / "fresh") == hashes(tiny_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["target", "pretrain", "responses", "distill", "evaluate", "export"])
+def test_killed_in_any_stage_and_started_again_gives_the_same_bytes(tiny_run, tmp_path, stage):
+    workdir = tmp_path / "killed"
+    process = start(workdir)
+    record = workdir / stage / "stage.json"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not record.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.0 if stage == "export" else 1.0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert start(workdir).wait() == 0
+    assert hashes(workdir) == hashes(tiny_run)
+
+
+@pytest.mark.slow
+def test_sigterm_exits_with_75_and_the_rest_is_done_by_the_same_command(tiny_run, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = start(workdir)
+    while not (workdir / "pretrain" / "stage.json").exists():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 75
+    assert start(workdir).wait() == 0
+    assert hashes(workdir) == hashes(tiny_run)
