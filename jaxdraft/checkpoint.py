@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the newest, and those kept for good.
+    """The checkpoints of one stage: the newest two, and those kept for good.
 
     Args:
       folder: made if it does not exist.
-      keep_every: keep the steps that this divides; ``None`` keeps the newest only.
+      keep_every: keep the steps that this divides; ``None`` keeps the newest two only.
     """
 
     def __init__(self, folder: Path, keep_every: int | None = None):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=1, keep_period=keep_every, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=2, keep_period=keep_every, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
@@ -67,17 +67,21 @@ class Checkpoints:
         """Step and state of the newest checkpoint that passes its check, or ``None`` if there is none at all.
 
         Raises:
-          ValueError: there are checkpoints, but none passes.
+          OSError: there are checkpoints, but none passes.
         """
-        failures = []
+        failures: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
-                return step, self.restore(abstract_state, step)
+                state = self.restore(abstract_state, step)
             except Exception as error:  # orbax raises many kinds for a damaged file
-                failures.append(f"step {step}: {str(error).splitlines()[0]}")
-                logger.warning("checkpoint skipped, %s", failures[-1])
+                failures[step] = f"step {step}: {str(error).splitlines()[0]}"
+                logger.warning("checkpoint skipped, %s", failures[step])
+                continue
+            for damaged in failures:  # orbax saves nothing before its newest step, so they have to go
+                self._manager.delete(damaged)
+            return step, state
         if failures:
-            raise ValueError(f"no checkpoint in {self._manager.directory} is intact ({'; '.join(failures)})")
+            raise OSError(f"no checkpoint in {self._manager.directory} is intact ({'; '.join(failures.values())})")
         return None
 
 

@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         return _fail(RESUME, str(error))
     except KeyboardInterrupt:
-        return _fail(RESUME, "stopped; the same command goes on from here")
-    except OSError as error:
+        return _fail(RESUME, "stopped")
+    except (OSError, FloatingPointError) as error:
         return _fail(ERROR, str(error))
     return DONE
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be given repeatedly"
     )
-    run.add_argument("--only", action="append", default=[], metavar="STAGE", help="run only this stage (repeatable)")
+    run.add_argument("--only", action="extend", nargs="+", default=[], metavar="STAGE", help="run only these stages")
     run.add_argument("--list", action="store_true", help="list the stages and their state, and stop")
     run.add_argument("--dry-run", action="store_true", help="say what would run and with which settings, and stop")
 
@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_decoding(evaluate)
     evaluate.add_argument("--limit", type=_positive, help="take only the first so many prompts")
     evaluate.add_argument("--batch-size", type=_positive, default=1, help="prompts decoded at once (default: 1)")
-    evaluate.add_argument("--out", type=Path, required=True, help="gets results.json and samples.jsonl")
+    evaluate.add_argument(
+        "--out", type=Path, default=Path("evaluation"), help="gets results.json and samples.jsonl (default: evaluation)"
+    )
 
     sample = verb("sample", _sample, "write text, the draft's accepted tokens coloured, and the speed", SAMPLE_EXAMPLE)
     _add_pair(sample, draft_required=False)
@@ -109,7 +111,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, everything)")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, help="per prompt (default: 128)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
@@ -184,6 +186,12 @@ def _integers(text: str) -> tuple[int, ...]:
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: block sizes are at least 1")
     return values
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number from 0 to 2**31 - 1")
+    return int(text)
 
 
 def _positive(text: str) -> int:

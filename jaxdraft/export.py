@@ -52,7 +52,7 @@ def export_stage(
         "target": target if isinstance(target, str) else Path(target["path"]).name,
         "stage": stage,
         "loss": made["settings"]["loss"]["type"],
-        "seed": recipe["seed"],
+        "seed": made["seed"],
         "settings and data (sha256)": made["fingerprint"],
         "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
     }

@@ -6,14 +6,30 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.losses import Loss, resolve_loss
 
 
-def split_assignment(assignment: str) -> tuple[list[str], str]:
-    """``"a.b=c"`` as ``(["a", "b"], "c")``.
+class Change(NamedTuple):
+    """One override: where it goes, what it says, and the whole of it for messages."""
+
+    path: tuple[str, ...]
+    text: str
+    assignment: str
+
+    @property
+    def below(self) -> "Change":
+        """The same for the value that the first step of the path leads to."""
+        return self._replace(path=self.path[1:])
+
+    def wrong(self, why: str) -> ConfigError:
+        return ConfigError(f"--set {self.assignment}: {why}")
+
+
+def parse(assignment: str) -> Change:
+    """``"a.b=c"`` as a change.
 
     Raises:
       ConfigError: there is no ``=``.
@@ -21,51 +37,38 @@ def split_assignment(assignment: str) -> tuple[list[str], str]:
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {assignment}: write NAME=VALUE, as in --set seed=1 or --set pretrain.steps=100")
-    return path.strip().split("."), text
+    return Change(tuple(path.strip().split(".")), text, assignment)
 
 
-def apply_all(value: Any, path: Sequence[str], text: str, assignment: str) -> Any:
-    """``value`` with the field at ``path`` replaced by what ``text`` says.
+def apply(value: Any, hint: Any, changes: Sequence[Change]) -> Any:
+    """``value``, of type ``hint``, with all changes made at once, so that they are checked together.
 
     A step into a tuple is an index, or the ``name`` of an element; a step into a dict is a key.
 
     Raises:
       ConfigError: no such field (with the nearest one), or text that its type cannot take.
     """
-    head, rest = path[0], path[1:]
+    whole = [change for change in changes if not change.path]
+    if whole:
+        value = _read(whole[-1], type(value) if hint is Any else hint)
+    changes = [change for change in changes if change.path]
+    if not changes:
+        return value
     if isinstance(value, tuple):
         names = [getattr(item, "name", str(i)) for i, item in enumerate(value)]
-        index = int(head) if head.isdigit() and int(head) < len(value) else _index(names, head, assignment)
-        inner = value[index]
-        new = apply_all(inner, rest, text, assignment) if rest else coerce(text, type(inner), inner, assignment)
-        return (*value[:index], new, *value[index + 1 :])
+        indices = [_index(names, change) for change in changes]
+        return tuple(
+            apply(item, Any, [c.below for c, index in zip(changes, indices, strict=True) if index == i])
+            for i, item in enumerate(value)
+        )
     if isinstance(value, dict):
-        if head not in value or rest:
-            raise ConfigError(f"--set {assignment}: " + unknown_name("key", ".".join(path), list(value)))
-        return {**value, head: coerce(text, type(value[head]), value[head], assignment)}
-    if not dataclasses.is_dataclass(value):
-        raise ConfigError(f"--set {assignment}: {type(value).__name__} has no field {head!r}")
-    hints = {f.name: typing.get_type_hints(type(value)).get(f.name, Any) for f in dataclasses.fields(value)}
-    if head not in hints:
-        raise ConfigError(f"--set {assignment}: " + unknown_name(f"field of {type(value).__name__}", head, list(hints)))
-    old = getattr(value, head)
-    new = apply_all(old, rest, text, assignment) if rest else coerce(text, hints[head], old, assignment)
-    return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]
-
-
-def coerce(text: str, hint: Any, old: Any, assignment: str) -> Any:
-    """``text`` as a value of the type ``hint``; ``Any`` means the type of the value it replaces.
-
-    Raises:
-      ConfigError: it cannot be read as one.
-    """
-    try:
-        return _coerce(text, type(old) if hint is Any else hint)
-    except (ValueError, SyntaxError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        wanted = getattr(hint, "__name__", str(hint))
-        raise ConfigError(f"--set {assignment}: cannot read {text!r} as {wanted}") from None
+        children = {key: (item, Any) for key, item in value.items()}
+        return {**value, **_changed(children, "key", changes)}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        raise changes[0].wrong(f"{type(value).__name__} has no field {changes[0].path[0]!r}")
+    hints = typing.get_type_hints(type(value))
+    children = {f.name: (getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)}
+    return dataclasses.replace(value, **_changed(children, f"field of {type(value).__name__}", changes))
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
@@ -75,33 +78,58 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
     return f"no {kind} {name!r}; {hint}There are: {', '.join(known) or 'none'}"
 
 
+def _changed(children: dict[str, tuple[Any, Any]], kind: str, changes: Sequence[Change]) -> dict[str, Any]:
+    grouped: dict[str, list[Change]] = {}
+    for change in changes:
+        if change.path[0] not in children:
+            raise change.wrong(unknown_name(kind, change.path[0], list(children)))
+        grouped.setdefault(change.path[0], []).append(change.below)
+    return {name: apply(*children[name], below) for name, below in grouped.items()}
+
+
+def _index(names: list[str], change: Change) -> int:
+    step = change.path[0]
+    if step.isdigit() and int(step) < len(names):
+        return int(step)
+    if step not in names:
+        raise change.wrong(unknown_name("element", step, names))
+    return names.index(step)
+
+
+def _read(change: Change, hint: Any) -> Any:
+    if isinstance(hint, type) and issubclass(hint, Loss):
+        return resolve_loss(change.text)()
+    try:
+        return _coerce(change.text, hint)
+    except (ValueError, SyntaxError):
+        wanted = getattr(hint, "__name__", str(hint))
+        raise change.wrong(f"cannot read {change.text!r} as {wanted}") from None
+
+
 def _coerce(text: str, hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if text.lower() in ("none", "null") and type(None) in args:
             return None
-        for option in (a for a in args if a is not type(None)):
+        # A string can be anything: whatever else the type allows is tried first.
+        for option in sorted((a for a in args if a is not type(None)), key=lambda a: a is str):
             try:
                 return _coerce(text, option)
             except (ValueError, SyntaxError):
                 continue
         raise ValueError(text)
     if origin is Literal:
-        for option in args:
-            if text == str(option):
-                return option
-        raise ValueError(text)
+        return {str(option): option for option in args}[text] if text in map(str, args) else _refuse(text)
     if hint is str:
         return text
     if hint is bool:
-        return {"true": True, "1": True, "false": False, "0": False}[_known_bool(text)]
+        known = {"true": True, "1": True, "false": False, "0": False}
+        return known[text.lower()] if text.lower() in known else _refuse(text)
     if hint in (int, float):
         return hint(text.replace("_", ""))
-    if isinstance(hint, type) and issubclass(hint, Loss):
-        return resolve_loss(text)()
     if (origin or hint) in (tuple, list, dict):
         return _literal(text, origin or hint, args)
-    raise ValueError(text)
+    return _refuse(text)
 
 
 def _literal(text: str, kind: type, args: tuple[Any, ...]) -> Any:
@@ -113,20 +141,10 @@ def _literal(text: str, kind: type, args: tuple[Any, ...]) -> Any:
             raise
         value = text.split(",")
     if kind is dict:
-        if not isinstance(value, dict):
-            raise ValueError(text)
-        return value
+        return value if isinstance(value, dict) else _refuse(text)
     items = value if isinstance(value, tuple | list) else (value,)
     return kind(_coerce(str(item), args[0]) for item in items) if args else kind(items)
 
 
-def _known_bool(text: str) -> str:
-    if text.lower() not in ("true", "1", "false", "0"):
-        raise ValueError(text)
-    return text.lower()
-
-
-def _index(names: list[str], name: str, assignment: str) -> int:
-    if name not in names:
-        raise ConfigError(f"--set {assignment}: " + unknown_name("element", name, names))
-    return names.index(name)
+def _refuse(text: str) -> Any:
+    raise ValueError(text)

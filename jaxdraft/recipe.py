@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from jaxdraft.data.pipeline import rows_per_batch
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import Loss
 from jaxdraft.models import ModelConfig
-from jaxdraft.overrides import apply_all, coerce, split_assignment, unknown_name
+from jaxdraft.overrides import Change, apply, parse, unknown_name
 from jaxdraft.sharding import MeshShape
 from jaxdraft.train.state import OptimizerSettings
 
+RESERVED = ("report", "superseded")
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -259,11 +261,13 @@ class Recipe:
             raise ConfigError(f"seed is {self.seed}: it must lie in 0..2³¹-1")
         earlier: dict[str, Stage] = {}
         for stage in self.stages:
-            if not stage.name.replace("-", "_").isidentifier() or stage.name == "report":
-                raise ConfigError(f"stage name {stage.name!r}: use letters, digits, - and _, and not 'report'")
+            if not stage.name.replace("-", "_").isidentifier() or stage.name in RESERVED:
+                raise ConfigError(f"stage name {stage.name!r}: use letters, digits, - and _, and none of {RESERVED}")
             if stage.name in earlier:
                 raise ConfigError(f"two stages are called {stage.name!r}")
             self._check_reads(stage, earlier)
+            if isinstance(stage, Train):
+                self._check_mix(stage, earlier)
             earlier[stage.name] = stage
         if isinstance(self.target, str):
             self._check_reference("target", self.target, earlier, (Train,))
@@ -303,6 +307,17 @@ class Recipe:
                 raise ConfigError(f"stage {stage.name!r} reads {name!r}, which no earlier stage makes")
 
     @staticmethod
+    def _check_mix(stage: Train, earlier: Mapping[str, Stage]) -> None:
+        """What training would refuse an hour later."""
+        try:
+            rows_per_batch(list(stage.shares), stage.shares, stage.batch_size)
+        except ConfigError as error:
+            raise ConfigError(f"{stage.name}: {error}") from None
+        lengths = {name: getattr(earlier[name], "length", 0) for name in stage.shares}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"{stage.name}: rows of different lengths cannot be mixed: {lengths}")
+
+    @staticmethod
     def _check_reference(what: str, name: str, stages: Mapping[str, Stage], kinds: tuple[type[Stage], ...]) -> None:
         fitting = [n for n, stage in stages.items() if isinstance(stage, kinds)]
         if name not in fitting:
@@ -334,8 +349,8 @@ def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: a recipe is a Python file")
     # Losses, tasks and sources of the user's own lie beside the recipe or where the command is given.
     sys.path[:0] = [str(folder) for folder in (path.parent, Path.cwd()) if str(folder) not in sys.path]
     module = importlib.util.module_from_spec(spec)
@@ -344,43 +359,40 @@ def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
     if not callable(make):
         raise ConfigError(f"{path}: defines no function recipe(...) that returns a Recipe")
 
-    arguments = {p.name: p.default for p in inspect.signature(make).parameters.values()}
-    for name in [name for name, default in arguments.items() if default is inspect.Parameter.empty]:
-        arguments[name] = _required(path, name, typing.get_type_hints(make)[name], assignments)
-    to_recipe = []
-    for assignment in assignments:
-        (head, *rest), text = split_assignment(assignment)
-        if head not in arguments:
-            to_recipe.append(assignment)
-        elif rest:
-            arguments[head] = apply_all(arguments[head], rest, text, assignment)
-        else:
-            arguments[head] = coerce(text, type(arguments[head]), arguments[head], assignment)
-    recipe = make(**arguments)
-    for assignment in to_recipe:
-        recipe = _override(recipe, assignment, list(arguments))
-    return recipe
+    changes = [parse(assignment) for assignment in assignments]
+    hints = typing.get_type_hints(make)
+    arguments = {}
+    for parameter in inspect.signature(make).parameters.values():
+        own = [change.below for change in changes if change.path[0] == parameter.name]
+        hint = hints.get(parameter.name, Any)
+        default = parameter.default
+        if default is inspect.Parameter.empty:
+            default = _required(path, parameter.name, hint, own)
+        arguments[parameter.name] = apply(default, hint, own)
+    rest = [change for change in changes if change.path[0] not in arguments]
+    return _override(make(**arguments), rest, list(arguments))
 
 
-def _required(path: Path, name: str, kind: type, assignments: Sequence[str]) -> Any:
-    """An argument without default, from the assignments that give its first field, which must be there."""
+def _required(path: Path, name: str, kind: type, changes: Sequence[Change]) -> Any:
+    """An argument without default, from the change that gives its first field, which must be there."""
     field = dataclasses.fields(kind)[0].name
-    given = [text for parts, text in map(split_assignment, assignments) if parts == [name, field]]
+    given = [change.text for change in changes if change.path == (field,)]
     if not given:
         raise ConfigError(f"{path}: this recipe needs --set {name}.{field}=…")
     return kind(**{field: given[-1]})
 
 
-def _override(recipe: Recipe, assignment: str, arguments: list[str]) -> Recipe:
-    (head, *rest), text = split_assignment(assignment)
-    fields = [field.name for field in dataclasses.fields(recipe)]
-    stages = {stage.name: stage for stage in recipe.stages}
-    if head in stages:
-        if not rest:
-            raise ConfigError(f"--set {assignment}: name a field of stage {head!r}, as in {head}.FIELD=VALUE")
-        changed = apply_all(stages[head], rest, text, assignment)
-        return dataclasses.replace(recipe, stages=tuple(changed if s.name == head else s for s in recipe.stages))
-    if head in fields and head != "stages":
-        return apply_all(recipe, [head, *rest], text, assignment)
-    known = list(dict.fromkeys([*arguments, *(f for f in fields if f != "stages"), *stages]))
-    raise ConfigError(f"--set {assignment}: " + unknown_name("setting", head, known))
+def _override(recipe: Recipe, changes: Sequence[Change], arguments: list[str]) -> Recipe:
+    fields = [field.name for field in dataclasses.fields(recipe) if field.name != "stages"]
+    stages = [stage.name for stage in recipe.stages]
+    for change in changes:
+        if change.path[0] not in (*stages, *fields):
+            known = list(dict.fromkeys([*arguments, *fields, *stages]))
+            raise change.wrong(unknown_name("setting", change.path[0], known))
+        if change.path[0] in stages and len(change.path) == 1:
+            raise change.wrong(f"name a field of stage {change.path[0]!r}, as in {change.path[0]}.FIELD=VALUE")
+    # A stage may bear a field's name: the quickstart's target is a stage, and Recipe.target only names it.
+    to_stages = [change for change in changes if change.path[0] in stages]
+    to_fields = [change for change in changes if change.path[0] not in stages]
+    whole = [*to_fields, *(change._replace(path=("stages", *change.path)) for change in to_stages)]
+    return apply(recipe, Recipe, whole)

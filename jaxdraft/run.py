@@ -21,7 +21,7 @@ import jax
 
 from jaxdraft import __version__
 from jaxdraft.errors import ConfigError, Interrupted
-from jaxdraft.recipe import Recipe, Stage
+from jaxdraft.recipe import Recipe, Stage, Train
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, Context, external_inputs, sha256
 
@@ -71,7 +71,9 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
     workdir.mkdir(parents=True, exist_ok=True)
     context = Context(recipe, workdir)
     with _locked(workdir), _interruptible():
-        _write_json(workdir / "recipe.json", _recipe_json(recipe))
+        _check_mesh(recipe)
+        if not _holds(workdir / "recipe.json", _recipe_json(recipe)):
+            _write_json(workdir / "recipe.json", _recipe_json(recipe))
         ran, made = False, dict[str, str]()
         for number, stage in enumerate(recipe.stages, start=1):
             plan = plan_stage(stage, context, made)
@@ -89,7 +91,9 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
                     _write_json(workdir / "run.json", _run_json(recipe, command))
                 made[stage.name] = _execute(plan, context)
                 ran = True
-        return _report(context, ran)
+        if ran:
+            _write_json(workdir / "run.json", {**_run_json(recipe, command), "outputs": made})
+        return _report(context)
 
 
 def plan_all(recipe: Recipe, workdir: Path) -> list[Plan]:
@@ -172,11 +176,14 @@ def _execute(plan: Plan, context: Context) -> str:
     return output
 
 
-def _report(context: Context, changed: bool) -> Path | None:
+def _report(context: Context) -> Path | None:
     path = context.workdir / "report" / "index.html"
-    if not any(_record(context.folder(stage.name)) for stage in context.recipe.stages):
+    records = [context.folder(stage.name) / "stage.json" for stage in context.recipe.stages]
+    shown = [record for record in records if record.exists()]
+    if not shown:
         return None
-    if changed or not path.exists():
+    newest = max(file.stat().st_mtime_ns for file in [*shown, context.workdir / "recipe.json"])
+    if not path.exists() or path.stat().st_mtime_ns < newest:
         from jaxdraft.evaluate.report import write_report
 
         write_report(context.workdir)
@@ -185,8 +192,6 @@ def _report(context: Context, changed: bool) -> Path | None:
 
 def _resolved_shape(stage: Stage, context: Context) -> Any:
     """The shape that a Train stage trains: the recipe's draft is not among the stage's own settings."""
-    from jaxdraft.recipe import Train
-
     return to_json(context.trained_config(stage)) if isinstance(stage, Train) else None
 
 
@@ -210,8 +215,8 @@ def _short(value: Any) -> str:
 
 def _set_aside(folder: Path, superseded: Path) -> Path:
     superseded.mkdir(exist_ok=True)
-    number = sum(1 for _ in superseded.glob(f"{folder.name}.*")) + 1
-    kept = superseded / f"{folder.name}.{number}"
+    numbers = [int(path.suffix[1:]) for path in superseded.glob(f"{folder.name}.*") if path.suffix[1:].isdigit()]
+    kept = superseded / f"{folder.name}.{max(numbers, default=0) + 1}"
     shutil.move(folder, kept)
     return kept
 
@@ -250,6 +255,22 @@ def _git_revision() -> str | None:
         describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return None
+
+
+def _check_mesh(recipe: Recipe) -> None:
+    """Every batch has to divide over the devices that take its rows."""
+    mesh = recipe.mesh.build()
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for stage in recipe.stages:
+        if isinstance(stage, Train) and (rows := stage.batch_size // stage.accumulate) % ways:
+            raise ConfigError(
+                f"{stage.name}: {rows} rows per step do not divide over {ways} devices: set {stage.name}.batch_size to "
+                "a multiple, or let fewer devices be seen"
+            )
+
+
+def _holds(path: Path, value: Any) -> bool:
+    return path.exists() and path.read_text() == json.dumps(value, indent=2) + "\n"
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,18 +1,22 @@
 """Settings as JSON: what stands in ``recipe.json`` and ``stage.json``, and what a stage's fingerprint is made of."""
 
 import dataclasses
+import hashlib
+import inspect
 from typing import Any
 
 
 def to_json(value: Any) -> Any:
     """Dataclasses as ``{"type": name, field: …}``, tuples as lists.
 
+    A class of the user's own is named with its module and the hash of its source: editing it changes the setting.
+
     Raises:
       TypeError: a value that has no faithful JSON form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+        return {"type": _type_name(type(value)), **fields}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     if isinstance(value, dict):
@@ -20,3 +24,10 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
+
+
+def _type_name(kind: type) -> str:
+    if kind.__module__.split(".")[0] == "jaxdraft":
+        return kind.__name__
+    source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
+    return f"{kind.__module__}:{kind.__qualname__} (source {source[:16]})"

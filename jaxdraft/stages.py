@@ -4,10 +4,8 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from jaxdraft.models.hf import load_config, load_model, save_model, weight_files
 from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Stage, Train, TrainTokenizer
 from jaxdraft.settings import to_json
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files, train_sentencepiece
-from jaxdraft.tracking import progress_bar, read_jsonl
+from jaxdraft.tracking import progress_bar, read_jsonl, write_jsonl
 from jaxdraft.train import train
 from jaxdraft.train.state import abstract_state, state_shardings
 
@@ -63,8 +61,16 @@ class Context:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer_folder)
 
+    @cached_property
+    def target_hash(self) -> str:
+        """Hash of the files that make the target's folder a model."""
+        names = [
+            path for name in ("config.json", "generation_config.json") if (path := self.target_folder / name).exists()
+        ]
+        return hashlib.sha256("".join(map(sha256, [*names, *weight_files(self.target_folder)])).encode()).hexdigest()
+
     def draft_config(self) -> ModelConfig:
-        """The recipe's draft with the target's vocabulary, BOS and EOS."""
+        """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
         if isinstance(self.recipe.target, HFModel):
             target = load_config(self.target_folder)
         else:
@@ -76,7 +82,13 @@ class Context:
             raise ConfigError(
                 f"draft.vocab_size is {draft.vocab_size}, the target's {target.vocab_size}: leave the draft's out"
             )
-        return dataclasses.replace(draft, vocab_size=target.vocab_size, bos_id=target.bos_id, eos_ids=target.eos_ids)
+        return dataclasses.replace(
+            draft,
+            vocab_size=target.vocab_size,
+            bos_id=target.bos_id,
+            eos_ids=target.eos_ids,
+            max_positions=target.max_positions,
+        )
 
     def trained_config(self, stage: Train) -> ModelConfig:
         """The full shape of what a Train stage trains."""
@@ -185,6 +197,8 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         for prompt in source.prompts(context.tokenizer)
         for temperature in stage.temperatures
     ]
+    if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
+        raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
     if not questions:
         raise ConfigError(f"{stage.name}: no prompts: all of them are longer than the source's max_tokens allows")
     shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
@@ -196,7 +210,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
                 bar.update(len(shard))
                 continue
             target = target or Model.load(context.target_folder)
-            _commit_lines(path, _answers(stage, context, target, shard, bar.update))
+            write_jsonl(path, _answers(stage, context, target, shard, bar.update))
     lines = [line for path in paths for line in read_jsonl(path)]
 
     def examples() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
@@ -231,8 +245,11 @@ def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
             if stage.over_checkpoints:
                 series += _over_checkpoints(stage, context, name, evaluator)
     if stage.over_checkpoints:
-        _commit_lines(folder / "checkpoints.jsonl", series)
-    return sorted(folder.glob("*/*.json*")), {"prompts": sum(len(p) for _, p in tasks)}
+        write_jsonl(folder / "checkpoints.jsonl", series)
+    files = [folder / name / file for name in stage.drafts for file in ("results.json", "samples.jsonl")]
+    if stage.over_checkpoints:
+        files.append(folder / "checkpoints.jsonl")
+    return files, {"prompts": sum(len(p) for _, p in tasks)}
 
 
 def run_export(stage: Export, context: Context) -> Outputs:
@@ -262,10 +279,8 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
     found = dict(_fingerprints(stage, stage.name))
     if isinstance(context.recipe.target, HFModel):
-        folder = context.target_folder
         if stage.uses_target:
-            files = [folder / "config.json", *weight_files(folder)]
-            found["target"] = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+            found["target"] = context.target_hash
         if stage.uses_tokenizer and context.recipe.tokenizer is None:
             found["tokenizer"] = context.tokenizer.fingerprint()
     return found
@@ -283,7 +298,7 @@ def _fingerprints(value: Any, name: str) -> Iterator[tuple[str, str]]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _fingerprints(getattr(value, field.name), f"{name}.{field.name}")
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
             yield from _fingerprints(item, f"{name}.{i}")
 
@@ -334,7 +349,7 @@ def _answers(stage, context, target, shard: list[_Question], advance) -> list[di
                 "prompt_tokens": list(shard[i].prompt.tokens),
                 "tokens": tokens,
                 "prompt": shard[i].prompt.text,
-                "text": context.tokenizer.decode(tokens),
+                "text": context.tokenizer.continuation(shard[i].prompt.tokens, tokens),
             }
         advance(len(batch.indices))
     return lines
@@ -348,7 +363,8 @@ def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: E
     shardings = state_shardings(config, train_stage, context.recipe.mesh.build())
     lines = []
     with Checkpoints(context.folder(name) / "checkpoints", train_stage.keep_every) as checkpoints:
-        for step in checkpoints.steps:
+        kept = (train_stage.steps, *range(0, train_stage.steps, train_stage.keep_every or train_stage.steps))
+        for step in sorted(set(kept).intersection(checkpoints.steps)):
             state = checkpoints.restore(abstract_state(train_stage, config, shardings), step)
             draft = Model.create(name, config, state.params)
             for baseline in evaluator.baselines:
@@ -375,13 +391,3 @@ def _relative(context: Context, draft: str) -> dict[str, str]:
 def _shape(config: ModelConfig) -> ModelConfig:
     """Without what two spellings of one shape may differ in."""
     return dataclasses.replace(config, head_dim=config.head_size)
-
-
-def _commit_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """A JSONL file that exists only when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

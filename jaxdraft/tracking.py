@@ -1,11 +1,15 @@
 """What a run writes down while it works: metric lines that repeat to the byte, timings beside them, a progress bar."""
 
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from jaxdraft.errors import ConfigError
 
 
 class StepLog:
@@ -18,8 +22,15 @@ class StepLog:
 
     def __init__(self, path: Path, resume_after: int = 0):
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_after]
-        path.write_text("".join(kept))
-        self._file = path.open("a")
+        if [json.loads(line)["step"] for line in kept] != list(range(1, resume_after + 1)):
+            raise ConfigError(
+                f"{path} lacks steps before {resume_after}, from where the checkpoint goes on: delete the folder "
+                f"{path.parent} to train it anew"
+            )
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **values}``."""
@@ -31,8 +42,11 @@ class StepLog:
 
 
 def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar with rate and remaining time on standard error; silent where that is not a terminal's business."""
-    return tqdm(total=total, desc=description, unit=unit, initial=initial, dynamic_ncols=True, mininterval=0.5)
+    """A bar with rate and remaining time on standard error; in a log file a line every half minute."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total, desc=description, unit=unit, initial=initial, dynamic_ncols=True, mininterval=interval, leave=True
+    )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -40,7 +54,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(path)]
 
 
+def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a JSONL file that exists under its name only when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    # Not splitlines: text may hold other line ends, such as U+2028, which JSON leaves as they are.
+    return path.read_text("utf-8").split("\n")[:-1] if path.exists() else []

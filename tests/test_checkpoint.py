@@ -1,6 +1,5 @@
 """Checkpoints: what comes back is what went in, on any mesh, or it does not come back at all."""
 
-import random
 import shutil
 
 import jax
@@ -36,12 +35,12 @@ def test_the_newest_state_comes_back(saved):
     jax.tree.map(np.testing.assert_array_equal, restored, state(3))
 
 
-def test_only_the_newest_and_the_kept_ones_stay(tmp_path):
+def test_only_the_newest_two_and_the_kept_ones_stay(tmp_path):
     with Checkpoints(tmp_path, keep_every=4) as checkpoints:
         for step in range(1, 8):
             checkpoints.save(step, state(step))
         checkpoints.wait()
-        assert checkpoints.steps == [4, 7]
+        assert checkpoints.steps == [4, 6, 7]
 
 
 def test_an_empty_folder_has_no_state(tmp_path):
@@ -49,18 +48,22 @@ def test_an_empty_folder_has_no_state(tmp_path):
         assert checkpoints.restore_newest(ABSTRACT) is None
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_flipped_bit_is_noticed_and_the_step_before_is_used(saved, tmp_path, seed):
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7])
+def test_flipped_bits_are_noticed_and_the_step_before_is_used(saved, tmp_path, place):
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)
     arrays = [p for p in (folder / "3" / "state").rglob("*") if p.is_file() and p.stat().st_size > 4096]
     path = max(arrays, key=lambda p: p.stat().st_size)
     content = bytearray(path.read_bytes())
-    place = random.Random(seed).randrange(len(content) * 8)
-    content[place // 8] ^= 1 << place % 8
+    for i in range(8):  # a single byte may be one that holds no number
+        content[int(place * len(content)) + i] ^= 1 << i
     path.write_bytes(content)
     with Checkpoints(folder, keep_every=1) as checkpoints:
         step, restored = checkpoints.restore_newest(ABSTRACT)
+        assert checkpoints.steps == [1, 2]
+        checkpoints.save(3, state(3))
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 2, 3]
     assert step == 2
     jax.tree.map(np.testing.assert_array_equal, restored, state(2))
 
@@ -70,7 +73,7 @@ def test_a_run_never_starts_over_silently(saved, tmp_path):
     shutil.copytree(saved, folder)
     for step in ("1", "2", "3"):
         shutil.rmtree(folder / step / "state")
-    with Checkpoints(folder, keep_every=1) as checkpoints, pytest.raises(ValueError, match=r"no checkpoint .* intact"):
+    with Checkpoints(folder, keep_every=1) as checkpoints, pytest.raises(OSError, match=r"no checkpoint .* intact"):
         checkpoints.restore_newest(ABSTRACT)
 
 

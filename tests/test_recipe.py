@@ -27,7 +27,7 @@ def setting(assignment, name):
         ("distill.keep_every=none", "keep_every", None),
         ("distill.loss=KL", "loss", KL()),
         ("distill.loss.temperature=0.5", "loss", TVDPlusPlus(temperature=0.5)),
-        ("distill.data.corpus=0.7", "data", {"responses": 0.2, "corpus": 0.7}),
+        ("distill.data={'responses': 0.4, 'corpus': 0.6}", "data", {"responses": 0.4, "corpus": 0.6}),
         ("distill.data=corpus", "data", "corpus"),
     ],
 )
@@ -91,6 +91,10 @@ def test_arguments_fields_and_nested_values_can_be_set():
         ("responses.max_new_tokens=0", "must be positive"),
         ("evaluate.block_sizes=0", "block_sizes"),
         ("evaluate.tasks.open.top_p=2", "top_p"),
+        ("distill.data.corpus=0.7", "weights must be positive and sum to 1"),
+        ("distill.batch_size=8", "batch_size=8 cannot hold the mix"),
+        ("corpus.length=32", "different lengths cannot be mixed"),
+        ("distill.loss=broken_loss:MyLoss", "cannot import"),
         ("distill", "write NAME=VALUE"),
         ("distill=3", "name a field of stage"),
         ("seed.x=3", "int has no field 'x'"),
@@ -101,6 +105,12 @@ def test_arguments_fields_and_nested_values_can_be_set():
 def test_what_does_not_fit_is_answered_by_name(assignment, answer):
     with pytest.raises(ConfigError, match=answer.replace("(", r"\(")):
         load_recipe(TINY, [assignment])
+
+
+def test_changes_of_one_stage_are_checked_together():
+    both = ["distill.warmup_steps=1", "distill.steps=2", "distill.data.corpus=0.5", "distill.data.responses=0.5"]
+    for assignments in (both, both[::-1]):
+        assert load_recipe(TINY, assignments).stage("distill").warmup_steps == 1
 
 
 def test_every_shipped_recipe_loads():

@@ -1,6 +1,7 @@
 """A whole recipe, really run: what is done stays done, what changed runs again, what was killed ends the same."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -17,9 +18,12 @@ from safetensors.numpy import load_file
 from jaxdraft.cli import main
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import export_stage
+from jaxdraft.losses import TVDPlusPlus
 from jaxdraft.recipe import load_recipe
 from jaxdraft.run import plan_all, run
+from jaxdraft.settings import to_json
 from jaxdraft.tokenizers import load_tokenizer
+from jaxdraft.tracking import read_jsonl, write_jsonl
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
 # Their bytes depend on recipe and seed alone; results hold times.
@@ -137,6 +141,38 @@ def test_another_seed_or_shape_changes_what_depends_on_it(tiny_run):
     assert states(tiny_run, "seed=1")["tokenizer"] == "changed"
 
 
+def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(copy, capsys):
+    shutil.rmtree(copy / "pretrain")
+    arguments = ["run", TINY, "--workdir", str(copy), "--set", "pretrain.learning_rate=1e30", "--only", "pretrain"]
+    assert main(arguments) == 1
+    assert "pretrain: loss" in capsys.readouterr().err
+    assert not (copy / "pretrain" / "model").exists()
+    for line in (copy / "pretrain" / "metrics.jsonl").read_text().splitlines():
+        assert np.isfinite(json.loads(line)["loss"])
+
+
+def test_a_changed_title_reaches_the_report(copy):
+    run(load_recipe(TINY, ["title=Another title"]), copy)
+    assert "Another title" in (copy / "report" / "index.html").read_text()
+
+
+def test_line_ends_inside_text_survive(tmp_path):
+    lines = [{"text": "a\u2028b\x85c\u2029\nd"}, {"text": ""}]
+    write_jsonl(tmp_path / "lines.jsonl", lines)
+    assert read_jsonl(tmp_path / "lines.jsonl") == lines
+
+
+def test_a_loss_of_ones_own_is_told_apart_from_ours_and_by_its_source(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    body = "from jaxdraft.losses import TVDPlusPlus as Ours\n\n\nclass TVDPlusPlus(Ours):\n    number = {}\n"
+    names = []
+    for number in (1, 2):
+        (tmp_path / f"own{number}.py").write_text(body.format(number))
+        module = importlib.import_module(f"own{number}")
+        names.append(to_json(module.TVDPlusPlus())["type"].partition(":")[2])
+    assert len({*names, to_json(TVDPlusPlus())["type"]}) == 3
+
+
 def test_lost_output_is_made_again(copy):
     (copy / "export" / "model.safetensors").unlink()
     assert states(copy)["export"] == "unfinished"
@@ -208,15 +244,27 @@ def test_the_command_line_evaluates_and_samples_the_export(tiny_run, tmp_path, c
     assert "runs of the target" in printed.err
 
 
-def test_wrong_input_exits_with_2_and_a_held_directory_with_75(tiny_run, tmp_path, shared_data, capsys):
+def test_wrong_input_exits_with_2_and_a_held_directory_with_75(tiny_run, tmp_path, capsys):
     assert main(["run", TINY, "--workdir", str(tmp_path), "--set", "distil.steps=1"]) == 2
     assert "did you mean 'distill'" in capsys.readouterr().err
-    other = str(shared_data / "models" / "stories260K-hf")
+    target, draft = str(tiny_run / "target" / "model"), tmp_path / "draft"
+    shutil.copytree(tiny_run / "export", draft)
+    swapped = json.loads((draft / "tokenizer.json").read_text())
+    vocab = swapped["model"]["vocab"]
+    a, b = list(vocab)[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (draft / "tokenizer.json").write_text(json.dumps(swapped))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
     out = ["--prompts", str(prompts), "--out", str(tmp_path / "out")]
-    assert main(["evaluate", "--target", other, "--draft", str(tiny_run / "export"), *out]) == 2
+    assert main(["evaluate", "--target", target, "--draft", str(draft), *out]) == 2
     assert "different tokenizers: id" in capsys.readouterr().err
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**config, "vocab_size": 401}))
+    assert main(["evaluate", "--target", target, "--draft", str(draft), *out]) == 2
+    assert "a vocabulary of 400 and" in capsys.readouterr().err
+    assert main(["sample", "--target", target, "--draft", "nowhere", "--prompt", "a"]) == 2
+    assert "nowhere" in capsys.readouterr().err
     import fcntl
 
     with (tiny_run / ".lock").open("w") as held:

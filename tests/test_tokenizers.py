@@ -179,3 +179,11 @@ def test_render_uses_the_chat_template(shared_data):
     assert text.rstrip().endswith("<|assistant|>")
     ids = tokenizer.encode(text, bos=False)
     assert [tokenizer.pieces()[i] for i in (ids[0], ids[-1])] == ["<|user|>", "<|assistant|>"]
+
+
+def test_a_continuation_keeps_its_first_space(shared_data):
+    tokenizer = load_tokenizer(shared_data / "models" / "stories260K-hf")
+    ids = tokenizer.encode("Once upon a time, there was")
+    for cut in range(1, len(ids)):
+        whole = tokenizer.decode(ids[:cut]) + tokenizer.continuation(ids[:cut], ids[cut:])
+        assert whole == "Once upon a time, there was"

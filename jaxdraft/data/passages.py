@@ -71,7 +71,9 @@ class Beginnings:
                 if len(ids) > self.tokens:
                     beginning, rest = ids[: self.tokens], ids[self.tokens :]
                     name = f"{self.passages.split}:{number}"
-                    yield Prompt(name, tuple(beginning), tokenizer.decode(beginning), tokenizer.decode(rest))
+                    yield Prompt(
+                        name, tuple(beginning), tokenizer.decode(beginning), tokenizer.continuation(beginning, rest)
+                    )
 
         prompts = list(itertools.islice(each(), self.limit))
         if not prompts:

@@ -176,7 +176,7 @@ class Batches:
         process_count: int = 1,
     ):
         self._sources = dict(sources)
-        self._counts = _rows_per_batch(list(sources), weights, batch_size)
+        self._counts = rows_per_batch(list(sources), weights, batch_size)
         lengths = {name: rows.length for name, rows in sources.items()}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"sources differ in row length: {lengths}; prepare them with one length")
@@ -217,7 +217,12 @@ def _source_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
-def _rows_per_batch(names: list[str], weights: Mapping[str, float] | None, batch_size: int) -> dict[str, int]:
+def rows_per_batch(names: list[str], weights: Mapping[str, float] | None, batch_size: int) -> dict[str, int]:
+    """How many rows of each source make up a batch.
+
+    Raises:
+      ConfigError: shares that do not sum to 1, or are not whole rows.
+    """
     if not names:
         raise ConfigError("a batch needs at least one source of rows")
     if weights is None:

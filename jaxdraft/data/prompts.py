@@ -1,7 +1,6 @@
 """Prompts, one JSON object per line: `{"id", "prompt" | "messages" | "tokens", "reference"?, ...}`."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -100,16 +99,6 @@ class PromptFile:
             yield from read_jsonl(self._file())
         except (UnicodeDecodeError, OSError, EOFError) as error:
             raise ConfigError(f"{self.path}: cannot be read ({error})") from error
-
-
-def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
-    """Writes prompts so that `PromptFile` with the same tokenizer reads them back equal."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for prompt in prompts:
-            given = {} if prompt.extra.keys() & {"messages", "tokens"} else {"prompt": prompt.text}
-            reference = {} if prompt.reference is None else {"reference": prompt.reference}
-            line = {"id": prompt.id, **given, **reference, **prompt.extra}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prompt:

@@ -10,6 +10,7 @@ blocks a row can need, V vocabulary, E end tokens.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ from jaxdraft.decode.sampling import (
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +169,13 @@ def speculative_batches(
         vocab_size=config.vocabulary,
         max_positions=config.max_positions,
     )
+    longest = max((int(batch.end_B.max()) for batch in batches), default=0)
+    if longest > draft_decoder.config.max_positions:
+        logger.warning(
+            "texts of up to %d tokens, but the draft is made for %d: past them it will hardly be accepted",
+            longest,
+            draft_decoder.config.max_positions,
+        )
     greedy = all_greedy(batches)
     eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
     program = functools.partial(

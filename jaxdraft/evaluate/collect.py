@@ -34,10 +34,16 @@ class Stage:
     summary: dict[str, Any]
     seconds: float | None
     metrics: list[dict[str, Any]]
+    on_answers: bool = False
 
     @property
     def distilled(self) -> bool:
-        """Whether the stage trained against the target's distribution: only then is there an acceptance to log."""
+        """Whether the stage learned from the target: from its distribution, or from what it had answered."""
+        return self.on_answers or self.compared
+
+    @property
+    def compared(self) -> bool:
+        """Whether the target was in the loop: only then is there an acceptance to log."""
         return any("acceptance" in line for line in self.metrics)
 
     @property
@@ -142,7 +148,9 @@ def read_run(folder: Path) -> RunDirectory:
     if not recipe_file.is_file():
         raise ConfigError(f"{folder} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
     recipe = _read_json(recipe_file)
-    stages = [_read_stage(folder, stage) for stage in recipe.get("stages", [])]
+    planned = recipe.get("stages", [])
+    answers = {stage["name"] for stage in planned if stage.get("kind") == "Generate"}
+    stages = [_read_stage(folder, stage, answers) for stage in planned]
     results, samples, checkpoints, parameters = [], [], [], {}
     for stage in stages:
         checkpoints += read_lines(folder / stage.name / "checkpoints.jsonl")
@@ -180,11 +188,13 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not JSON ({error}): delete it and run the recipe again") from error
 
 
-def _read_stage(folder: Path, planned: dict[str, Any]) -> Stage:
+def _read_stage(folder: Path, planned: dict[str, Any], answers: set[str]) -> Stage:
     name = planned["name"]
     file = folder / name / "stage.json"
     done = _read_json(file) if file.is_file() else {}
+    data = planned.get("data") or ()
     return Stage(
+        on_answers=not answers.isdisjoint([data] if isinstance(data, str) else data),
         name=name,
         kind=str(planned.get("kind", done.get("kind", ""))),
         status=done.get("status", "not run"),

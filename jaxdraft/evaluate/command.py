@@ -9,6 +9,7 @@ from jaxdraft.decode import generate_batches, speculative_batches, token_origins
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.tasks import Task
+from jaxdraft.models.hf import load_config
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files
 from jaxdraft.tracking import progress_bar
 
@@ -38,6 +39,7 @@ def evaluate_pair(
     """
     measured = Task(task, PromptFile(str(prompts), limit), temperature, top_p, max_new_tokens)
     tokenizer = _shared_tokenizer(target, draft)
+    out.mkdir(parents=True, exist_ok=True)
     found = measured.prompts.prompts(tokenizer)
     settings = Settings(block_sizes, seed, batch_size)
     with progress_bar(Evaluator.amount(len(found), 1, len(block_sizes)), task, "answer") as bar:
@@ -78,7 +80,7 @@ def sample(
     (alone,) = generate_batches(big.decoder, big.params, prompts, **settings)
     speed = len(alone.tokens[0]) / alone.seconds.decode
     if draft is None:
-        print(prompt + tokenizer.decode(alone.tokens[0]))
+        print(tokenizer.decode([*prompts[0], *alone.tokens[0]]))
         print(f"\n{len(alone.tokens[0])} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
         return
     small = Model.load(draft)
@@ -86,7 +88,7 @@ def sample(
         big.decoder, big.params, small.decoder, small.params, prompts, block_size=block_size, **settings
     )
     result = batch.results[0]
-    print(prompt + _coloured(tokenizer, result.tokens, result.accepted))
+    print(_coloured(tokenizer, prompts[0], result.tokens, result.accepted))
     faster = len(result.tokens) / batch.seconds.decode
     blocks = len(result.accepted)
     per_run = len(result.tokens) / blocks
@@ -98,8 +100,11 @@ def sample(
 
 
 def _shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
-    """The target's tokenizer, once it is known that the draft's (where it has one) has the same pieces."""
+    """The target's tokenizer, once it is known that both are models of one vocabulary."""
     tokenizer = load_tokenizer(target)
+    sizes = [load_config(folder).vocabulary for folder in (target, draft)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"{target} has a vocabulary of {sizes[0]} and {draft} one of {sizes[1]}: they must be equal")
     if tokenizer_files(draft):
         ours, theirs = tokenizer.pieces(), load_tokenizer(draft).pieces()
         if ours != theirs:
@@ -113,8 +118,9 @@ def _shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
     return tokenizer
 
 
-def _coloured(tokenizer: Tokenizer, tokens: list[int], accepted: list[int]) -> str:
-    pieces = zip(tokenizer.fragments(tokens), token_origins(accepted, len(tokens)), strict=True)
+def _coloured(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], accepted: list[int]) -> str:
+    drafted_each = [False] * len(prompt) + token_origins(accepted, len(tokens))
+    pieces = zip(tokenizer.fragments([*prompt, *tokens]), drafted_each, strict=True)
     if not sys.stdout.isatty():
         return "".join(text for text, _ in pieces)
     return "".join(f"{_ACCEPTED}{text}{_PLAIN}" if drafted else text for text, drafted in pieces)
@@ -128,10 +134,14 @@ def _print_table(results: dict, out: Path) -> None:
         low, high = run["block_efficiency_ci95"]
         efficiency = f"{run['block_efficiency']:.3f} ({low:.3f} – {high:.3f})"
         print(
-            f"{run['block_size']:>2} {efficiency:>24} {run['acceptance_rate'] or 0:>10.3f} {run['mbsu']:>6.3f} "
+            f"{run['block_size']:>2} {efficiency:>24} {_number(run['acceptance_rate']):>10} {run['mbsu']:>6.3f} "
             f"{run['tokens_per_second']:>10,.0f} {run['tokens_per_second_autoregressive']:>10,.0f} "
             f"{run['token_rate_ratio']:>6.2f}"
         )
         if "identical_to_target" in run:
             print(f"   {run['identical_to_target']} of {run['prompts']} answers are the target's own, token for token")
     print(out / "results.json")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -25,6 +25,7 @@ from jaxdraft.evaluate.tasks import Task
 from jaxdraft.models import Decoder, ModelConfig, for_decoding
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.hf import load_model
+from jaxdraft.tracking import write_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +254,7 @@ def run_is_exact(model: Model) -> bool:
 def write_results(folder: Path, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
     """Writes ``samples.jsonl`` and then ``results.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    write_jsonl(folder / "samples.jsonl", samples)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -4,6 +4,7 @@ Every number comes from the run directory. What has not run yet is left out with
 """
 
 import base64
+import itertools
 import json
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jaxdraft.decode.speculative import token_origins
 from jaxdraft.evaluate import figures
 from jaxdraft.evaluate.collect import RunDirectory, read_run
 from jaxdraft.evaluate.figures import Look, Picture, decoding
@@ -94,12 +96,13 @@ def _loss_pictures(run: RunDirectory, known: Mapping[str, Look]) -> list[Picture
     pictures = []
     if others:
         pictures.append(figures.draw_curves("loss.png", others, known, "loss", "loss (nats per token)"))
-    if distilled:
+    if compared := [stage for stage in distilled if stage.compared]:
         pictures.append(
             figures.draw_curves(
-                "acceptance.png", distilled, known, "acceptance", "acceptance (1 − TVD)\non training data"
+                "acceptance.png", compared, known, "acceptance", "acceptance (1 − TVD)\non training data"
             )
         )
+    if distilled:
         pictures.append(figures.draw_loss_panels("loss_distillation.png", distilled, known))
     return pictures
 
@@ -178,7 +181,7 @@ def _samples(run: RunDirectory, summary: Summary) -> list[dict[str, Any]]:
                 "group": group,
                 "name": f"{line['task']}, {decoding(line)}, γ = {largest}, prompt {line['id']}",
                 "prompt": _shortened(tokenizer.decode(line["prompt_tokens"]).strip()),
-                "spans": accepted_spans(tokenizer.fragments(line["tokens"]), line["accepted"]),
+                "spans": accepted_spans(_fragments(tokenizer, line), line["accepted"]),
                 "tokens": len(line["tokens"]),
                 "runs": len(line["accepted"]),
                 "rate": number(len(line["tokens"]) / max(1, len(line["accepted"]))),
@@ -188,17 +191,16 @@ def _samples(run: RunDirectory, summary: Summary) -> list[dict[str, Any]]:
     return shown
 
 
-def accepted_spans(fragments: Sequence[str], accepted: Sequence[int]) -> list[tuple[str, bool]]:
-    """Runs of text and whether the draft wrote them.
+def _fragments(tokenizer: Any, line: Mapping[str, Any]) -> list[str]:
+    prompt = line["prompt_tokens"]
+    return tokenizer.fragments([*prompt, *line["tokens"]])[len(prompt) :]
 
-    Every block is ``accepted[b]`` tokens of the draft and one of the target; the last one may be cut short.
-    """
-    spans: list[tuple[str, bool]] = []
-    start = 0
-    for kept in accepted:
-        middle, end = min(start + kept, len(fragments)), min(start + kept + 1, len(fragments))
-        spans += [("".join(fragments[start:middle]), True), ("".join(fragments[middle:end]), False)]
-        start = end
+
+def accepted_spans(fragments: Sequence[str], accepted: Sequence[int]) -> list[tuple[str, bool]]:
+    """Runs of text and whether the draft wrote them."""
+    drafted = token_origins(accepted, len(fragments))
+    runs = itertools.groupby(zip(fragments, drafted, strict=True), key=lambda pair: pair[1])
+    spans = [("".join(text for text, _ in run), by_draft) for by_draft, run in runs]
     return [span for span in spans if span[0]]
 
 

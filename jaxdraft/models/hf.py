@@ -70,17 +70,19 @@ def load_config(folder: str | Path) -> ModelConfig:
     scaling = rope.get("rope_type", rope.get("type", "default"))
     max_positions = raw.get("max_position_embeddings", 2048)
     window = raw.get("sliding_window")
+    rotary = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     unsupported = {
         f"rope scaling {scaling!r}": scaling != "default",
         f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": raw.get("attention_bias", False),
         "mlp_bias": raw.get("mlp_bias", False),
-        f"partial_rotary_factor {raw.get('partial_rotary_factor')}": raw.get("partial_rotary_factor", 1.0) != 1.0,
+        f"partial_rotary_factor {rotary}": rotary != 1.0,
         f"sliding_window {window} below max_position_embeddings {max_positions}": window and window < max_positions,
     }
     if found := [what for what, present in unsupported.items() if present]:
         raise ConfigError(f"{path}: {', '.join(found)} is not supported by this version of jaxdraft")
-    missing = [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size") if k not in raw]
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in needed if key not in raw]
     if missing:
         raise ConfigError(f"{path}: lacks {', '.join(missing)}")
     eos = _generation_eos(folder, raw)
@@ -111,7 +113,8 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Params]:
     """
     config = load_config(folder)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    stored = dict(_tensors(Path(folder)))
+    # Old checkpoints store the rotary frequencies, which follow from theta.
+    stored = {name: x for name, x in _tensors(Path(folder)) if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         stored.pop("lm_head.weight", None)
 

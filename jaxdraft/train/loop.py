@@ -1,5 +1,6 @@
 """The training loop: feeds the step, writes its metrics down one step late, saves, and resumes where it stood."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class _Log:
         self._metrics = StepLog(folder / "metrics.jsonl", start)
         self._timing = StepLog(folder / "timing.jsonl", start)
         self._bar = progress_bar(steps, folder.name, "step", initial=start)
-        self._distilling = distilling
+        self._name, self._distilling = folder.name, distilling
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._clock = time.perf_counter()
 
@@ -101,6 +102,11 @@ class _Log:
             return
         step, metrics = self._pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(
+                f"{self._name}: loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; "
+                "nothing of it was saved. Lower learning_rate, or look at the rows of that batch"
+            )
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         rate = values["tokens"] / seconds
         self._metrics.write(step, values)

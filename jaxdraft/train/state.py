@@ -25,7 +25,7 @@ class OptimizerSettings:
     Attributes:
       steps: updates in all.
       learning_rate: at the end of the warm-up.
-      final_learning_rate: at the last step.
+      final_learning_rate: where the decay ends, one update after the last.
       warmup_steps: updates over which the rate grows linearly from 0.
       decay: shape of the way from ``learning_rate`` to ``final_learning_rate``.
       b1: decay of AdamW's first moment.

@@ -3,7 +3,6 @@
 Shapes: B batch rows, T tokens, D draft hidden, E target hidden, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -136,4 +135,4 @@ def _accumulated(grad, params, target_params, batch, count):
     def add(total, rows):
         return jax.tree.map(jnp.add, total, grad(params, target_params, rows)), None
 
-    return jax.lax.scan(functools.partial(add), first, jax.tree.map(lambda x: x[1:], micro))[0]
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], micro))[0]

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from jaxdraft.data.prompts import Prompt, PromptFile, example_id, write_prompts
+from jaxdraft.data.prompts import Prompt, PromptFile, example_id
 from jaxdraft.errors import ConfigError
 
 
@@ -24,13 +24,6 @@ def test_forms_ids_and_extra_fields(tmp_path, tokenizer):
         Prompt("7", first, "def f():", "r", {"source": "s"}),
         Prompt("3", tuple(ids), "import os", None, {"tokens": ids}),
     ]
-
-
-def test_written_prompts_read_back_equal(tmp_path, tokenizer):
-    rows = [{"id": "a", "prompt": "naïve\n", "x": [1]}, {"tokens": [1, 300]}, {"prompt": "b", "reference": ""}]
-    prompts = prompt_file(tmp_path, *rows).prompts(tokenizer)
-    write_prompts(tmp_path / "q.jsonl", prompts)
-    assert PromptFile(str(tmp_path / "q.jsonl")).prompts(tokenizer) == prompts
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
@@ -92,8 +85,6 @@ def test_messages_go_through_the_chat_template(tmp_path, shared_data):
     source = prompt_file(tmp_path, {"id": "m", "messages": messages})
     [prompt] = source.prompts(tokenizer)
     assert prompt.tokens == tuple(tokenizer.encode(tokenizer.render(messages), bos=False))
-    write_prompts(tmp_path / "q.jsonl", [prompt])
-    assert PromptFile(str(tmp_path / "q.jsonl")).prompts(tokenizer) == [prompt]
 
 
 def test_example_ids_are_pinned_to_the_name():

@@ -12,7 +12,7 @@ from jaxdraft.models import Decoder, ModelConfig, for_decoding, head_weight, ini
 from jaxdraft.models.hf import load_model
 
 VOCAB = 24
-WINDOW = 96
+WINDOW = 144
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -435,7 +435,7 @@ def test_refuses_other_folders_and_broken_files(run: Path, tmp_path: Path) -> No
 
 def test_accepted_spans() -> None:
     fragments = list("abcdefgh")
-    assert accepted_spans(fragments, [2, 0, 5]) == [("ab", True), ("c", False), ("d", False), ("efgh", True)]
+    assert accepted_spans(fragments, [2, 0, 5]) == [("ab", True), ("cd", False), ("efgh", True)]
     assert accepted_spans(fragments, [7]) == [("abcdefg", True), ("h", False)]
     assert accepted_spans(["", "", "é", ""], [1, 1]) == [("é", True)]
 
