@@ -69,7 +69,9 @@ def load_config(folder: str | Path) -> ModelConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     max_positions = raw.get("max_position_embeddings", 2048)
-    window = raw.get("sliding_window")
+    if window := raw.get("sliding_window"):
+        # Within the window, attention is the full one.
+        max_positions = min(max_positions, window)
     rotary = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     unsupported = {
         f"rope scaling {scaling!r}": scaling != "default",
@@ -77,7 +79,6 @@ def load_config(folder: str | Path) -> ModelConfig:
         "attention_bias": raw.get("attention_bias", False),
         "mlp_bias": raw.get("mlp_bias", False),
         f"partial_rotary_factor {rotary}": rotary != 1.0,
-        f"sliding_window {window} below max_position_embeddings {max_positions}": window and window < max_positions,
     }
     if found := [what for what, present in unsupported.items() if present]:
         raise ConfigError(f"{path}: {', '.join(found)} is not supported by this version of jaxdraft")

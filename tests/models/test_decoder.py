@@ -144,6 +144,7 @@ def test_bfloat16_weights_survive_a_folder(tmp_path):
         ({"model_type": "gpt2"}, "gpt2"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"intermediate_size": 47}, "mlp.down_proj.weight has shape"),
         ({"num_hidden_layers": 2}, "unknown tensors"),
         ({"num_hidden_layers": 4}, "model.layers.3.*missing"),
@@ -164,6 +165,13 @@ def test_either_dialect_of_rope_theta_is_read(tmp_path):
     for drop in ("rope_parameters", "rope_theta"):
         path.write_text(json.dumps({k: v for k, v in both.items() if k != drop}))
         assert load_model(tmp_path)[0].rope_theta == 500.0
+
+
+def test_a_sliding_window_limits_the_positions(tmp_path):
+    save_model(tmp_path, TINY, init_params(TINY, jax.random.key(0)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 100}))
+    assert load_model(tmp_path)[0].max_positions == 100
 
 
 def test_bad_shapes_are_named():
