@@ -103,6 +103,7 @@ def recipe():
                     task("code", "code", 16),
                 ),
                 block_sizes=(3, 5),
+                repeats=4,
                 over_checkpoints=True,
             ),
             Export("export", draft="distill-tvdpp", evaluation="evaluate"),
