@@ -238,6 +238,9 @@ def test_the_command_line_evaluates_and_samples_the_export(tiny_run, tmp_path, c
     assert results["runs"][0]["identical_to_target"] == 2
     assert [json.loads(line)["id"] for line in (out / "samples.jsonl").read_text().splitlines()] == ["1", "two"]
     capsys.readouterr()
+    long = ["--max-new-tokens", "9999", "--prompts", str(prompts), "--out", str(out)]
+    assert main(["evaluate", "--target", target, "--draft", draft, *long]) == 2
+    assert "only 2048 positions" in capsys.readouterr().err
     assert main(["sample", *pair, "--prompt", "def f(x):", "--block-size", "2"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("def f(x):")

@@ -34,10 +34,15 @@ def evaluate_pair(
 ) -> None:
     """Measures a draft, writes ``results.json`` and ``samples.jsonl`` into ``out``, and prints a table.
 
+    Prompts that leave the target no room for ``max_new_tokens`` are left out, and how many is said.
+
     Raises:
       ConfigError: a folder, the prompts or a setting is wrong, or the two models' tokenizers differ.
     """
-    measured = Task(task, PromptFile(str(prompts), limit), temperature, top_p, max_new_tokens)
+    room = load_config(target).max_positions - max_new_tokens
+    if room < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}: {target} has only {room + max_new_tokens} positions")
+    measured = Task(task, PromptFile(str(prompts), limit, max_tokens=room), temperature, top_p, max_new_tokens)
     tokenizer = _shared_tokenizer(target, draft)
     out.mkdir(parents=True, exist_ok=True)
     found = measured.prompts.prompts(tokenizer)
