@@ -7,7 +7,7 @@ Pretrains a draft on the text, lets the target go on from passages the draft has
 from the same start, measures them on held-out passages, exports the last.
 
 The draft's default shape (41,632 parameters with a vocabulary of 512) fits Karpathy's stories260K, for which this takes
-about five minutes on two cores. For a larger target make it larger, up to about a tenth of the target:
+about seven minutes on two cores. For a larger target make it larger, up to about a tenth of the target:
 ``--set draft.hidden_size=512 --set draft.intermediate_size=1408 --set draft.num_layers=4 --set draft.num_heads=8
 --set draft.num_kv_heads=8``.
 """
