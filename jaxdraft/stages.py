@@ -165,14 +165,13 @@ def run_train(stage: Train, context: Context) -> Outputs:
     save_model(context.model_folder(stage.name), config, params)
     for file in tokenizer_files(context.tokenizer_folder):
         shutil.copyfile(file, context.model_folder(stage.name) / file.name)
-    last = read_jsonl(folder / "metrics.jsonl")[-1]
+    steps = read_jsonl(folder / "metrics.jsonl")
     files = [folder / "metrics.jsonl", *sorted(context.model_folder(stage.name).iterdir())]
-    tokens = sum(line["tokens"] for line in read_jsonl(folder / "metrics.jsonl"))
     return files, {
         "parameters": config.num_parameters,
         "steps": stage.steps,
-        "tokens": int(tokens),
-        "loss": last["loss"],
+        "tokens": int(sum(step["tokens"] for step in steps)),
+        "loss": steps[-1]["loss"],
         "shape": to_json(config),
     }
 
