@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig
 from jaxdraft.models.decoder import Params
-from jaxdraft.models.hf import WEIGHTS, load_model, save_model
+from jaxdraft.models.hf import load_model, save_model
+from jaxdraft.models.hf_config import eos_json
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
 
 MODEL = "model"  # the folder in a Train stage's own that holds its model
@@ -92,19 +93,19 @@ def export_model(
       provenance: facts for the model card.
       evaluations: ``runs`` of a ``results.json``, for the model card.
     """
-    save_model(folder, config, params, dtype=jnp.dtype(dtype))
+    weights = save_model(folder, config, params, dtype=jnp.dtype(dtype))
     copied = [Path(shutil.copyfile(file, folder / file.name)) for file in tokenizer_files(tokenizer_folder)]
     # Assisted generation reads the draft's own file; its defaults are 20 tokens and a stop below confidence 0.4.
     generation = {
         "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+        "eos_token_id": eos_json(config),
         "num_assistant_tokens": block_size,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     (folder / "README.md").write_text(_card(config, dtype, block_size, provenance, evaluations))
-    return [folder / name for name in ("config.json", WEIGHTS, "generation_config.json", "README.md")] + copied
+    return [*weights, folder / "generation_config.json", folder / "README.md", *copied]
 
 
 def _card(config, dtype, block_size, provenance, evaluations) -> str:

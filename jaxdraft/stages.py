@@ -21,7 +21,7 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import MODEL, export_stage
-from jaxdraft.models import Decoder, ModelConfig, init_params
+from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.hf import load_config, load_model, save_model, weight_files
 from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Stage, Train, TrainTokenizer
 from jaxdraft.settings import to_json
@@ -122,17 +122,17 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
 
 def run_train(stage: Train, context: Context) -> Outputs:
     folder, recipe = context.folder(stage.name), context.recipe
-    config = context.trained_config(stage)
+    config, mesh = context.trained_config(stage), recipe.mesh.build()
     if stage.init == "random":
         key = jax.random.fold_in(jax.random.key(recipe.seed), INIT_PURPOSE)
         params = init_params(config, key)
     else:
-        started, params = load_model(context.model_folder(stage.init))
+        started, params = load_model(context.model_folder(stage.init), mesh=mesh)
         if _shape(started) != _shape(config):
             raise ConfigError(f"{stage.name}: init={stage.init!r} is a model of another shape than is trained here")
     target = target_params = None
     if stage.loss.needs_target:
-        target_config, target_params = load_model(context.target_folder)
+        target_config, target_params = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype())
         target = Decoder(target_config, remat=False)
     rows = {name: PackedRows(context.folder(name)) for name in stage.shares}
     for packed in rows.values():
@@ -155,7 +155,7 @@ def run_train(stage: Train, context: Context) -> Outputs:
         loss=stage.loss,
         batches=batches,
         optimizer=stage,
-        mesh=recipe.mesh.build(),
+        mesh=mesh,
         target=target,
         target_params=target_params,
         accumulate=stage.accumulate,

@@ -125,7 +125,8 @@ def generate_batches(
 
         def start(end_B: np.ndarray, batch: PromptBatch = batch) -> _State:
             size = batch.tokens_BS.shape[1]
-            cache = prefill(decoder, params, batch.tokens_BS[:, : batch.bucket], batch.length_B, size)
+            prompts_BL = batch.tokens_BS[:, : batch.bucket]
+            cache = prefill(decoder, params, prompts_BL, batch.length_B, batch.end_B, size)
             return _State(*arrays(batch, end_B), cache, jnp.ones(len(end_B), bool))
 
         decode = functools.partial(_decode, decoder, params, eos_E=eos_E, sampling=sampling, keys_B=keys_B)
@@ -136,14 +137,18 @@ def generate_batches(
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "size"))
-def prefill(decoder: Decoder, params: Params, tokens_BL: jax.Array, length_B: jax.Array, size: int) -> KVCache:
+def prefill(
+    decoder: Decoder, params: Params, tokens_BL: jax.Array, length_B: jax.Array, end_B: jax.Array, size: int
+) -> KVCache:
     """A cache of ``size`` slots that holds every prompt except its last token; no logits are computed.
+
+    ``end_B`` is how long each row may grow: what LongRoPE's factors are chosen by.
 
     Runs in chunks, as many as the longest prompt needs, so that attention never spans bucket x slots at once.
     """
     batch, bucket = tokens_BL.shape
     chunk = min(bucket, _PREFILL_CHUNK)
-    cache = init_cache(decoder.config, batch, size, decoder.dtype or compute_dtype())
+    cache = init_cache(decoder.config, batch, size, decoder.dtype or compute_dtype(), end_B)
 
     def read(i: jax.Array, cache: KVCache) -> KVCache:
         tokens_BT = jax.lax.dynamic_slice_in_dim(tokens_BL, i * chunk, chunk, axis=1)

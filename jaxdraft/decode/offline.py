@@ -18,6 +18,7 @@ import numpy as np
 from jaxdraft.decode.batching import per_prompt
 from jaxdraft.decode.sampling import Sampling, probabilities
 from jaxdraft.errors import ConfigError
+from jaxdraft.models.cache import long_rows
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
 
 _CHUNK = 16
@@ -46,6 +47,7 @@ def acceptance_ratios(
     *,
     temperature: float | Sequence[float] = 0.0,
     top_p: float | Sequence[float] = 1.0,
+    max_new_tokens: int | Sequence[int] = 0,
     batch_size: int = 8,
 ) -> list[Acceptance]:
     """Acceptance probabilities of every answer's tokens, in the caller's order.
@@ -61,6 +63,7 @@ def acceptance_ratios(
       answers: what the target wrote after each prompt, with this temperature and top-p.
       temperature: for all prompts or per prompt.
       top_p: for all prompts or per prompt.
+      max_new_tokens: the limit under which the answers were written, which LongRoPE's factors were chosen by.
       batch_size: rows of every batch.
 
     Raises:
@@ -71,6 +74,7 @@ def acceptance_ratios(
         raise ConfigError(f"{len(prompts)} prompts, {len(answers)} answers: give one per prompt, and no empty prompt")
     temperatures = per_prompt("temperature", temperature, len(prompts), np.float32)
     top_ps = per_prompt("top_p", top_p, len(prompts), np.float32)
+    limits = per_prompt("max_new_tokens", max_new_tokens, len(prompts), np.int32)
     greedy = not np.any(temperatures)
     new = -(-max(map(len, answers), default=1) // _CHUNK) * _CHUNK
     found: list[Acceptance] = [Acceptance(np.zeros(0), np.zeros(0)) for _ in prompts]
@@ -90,6 +94,7 @@ def acceptance_ratios(
             draft_params,
             tokens_BT,
             np.asarray([len(prompts[i]) for i in rows], np.int32),
+            np.asarray([len(prompts[i]) + max(len(answers[i]), limits[i]) for i in rows], np.int32),
             new,
             None if greedy else Sampling(temperatures[rows], top_ps[rows]),
         )
@@ -102,12 +107,15 @@ def acceptance_ratios(
 
 
 @functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "new"))
-def _teacher_forced(target_decoder, target_params, draft_decoder, draft_params, tokens_BT, start_B, new, sampling):
+def _teacher_forced(
+    target_decoder, target_params, draft_decoder, draft_params, tokens_BT, start_B, end_B, new, sampling
+):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     written_BN = jnp.minimum(start_B[:, None] + jnp.arange(new), tokens_BT.shape[1] - 1)
 
     def before_written(decoder, params):
-        hidden_BTD = decoder.apply({"params": params}, tokens_BT, positions_BT)
+        long_B = long_rows(decoder.config, end_B)
+        hidden_BTD = decoder.apply({"params": params}, tokens_BT, positions_BT, long_B=long_B)
         return jnp.take_along_axis(hidden_BTD, written_BN[..., None] - 1, axis=1), head_weight(decoder.config, params)
 
     target_BND, target_head_DV = before_written(target_decoder, target_params)

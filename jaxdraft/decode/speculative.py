@@ -189,11 +189,11 @@ def speculative_batches(
 
         def start(end_B: np.ndarray, batch: PromptBatch = batch) -> _State:
             rows, size = batch.tokens_BS.shape
-            prompts_BL = batch.tokens_BS[:, : batch.bucket]
+            prompts = batch.tokens_BS[:, : batch.bucket], batch.length_B, batch.end_B
             return _State(
                 *arrays(batch, end_B),
-                target_cache=prefill(target_decoder, target_params, prompts_BL, batch.length_B, size + block_size + 1),
-                draft_cache=prefill(draft_decoder, draft_params, prompts_BL, batch.length_B, size + block_size + 1),
+                target_cache=prefill(target_decoder, target_params, *prompts, size + block_size + 1),
+                draft_cache=prefill(draft_decoder, draft_params, *prompts, size + block_size + 1),
                 accepted_BN=jnp.zeros((rows, size - batch.bucket), jnp.int32),
                 blocks_B=jnp.zeros(rows, jnp.int32),
                 cut_B=jnp.zeros(rows, bool),

@@ -22,7 +22,7 @@ from jaxdraft.decode import (
 )
 from jaxdraft.evaluate import metrics
 from jaxdraft.evaluate.tasks import Task
-from jaxdraft.models import Decoder, ModelConfig, for_decoding
+from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.hf import load_model
 from jaxdraft.tracking import write_jsonl
@@ -52,7 +52,8 @@ class Model:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Model":
-        return cls.create(str(folder), *load_model(folder))
+        config, params = load_model(folder, dtype=compute_dtype(), scan=False)
+        return cls(str(folder), Decoder(config, scan=False), params)
 
     @property
     def num_parameters(self) -> int:
@@ -157,6 +158,7 @@ class Evaluator:
             draft.params,
             baseline.prompt_tokens,
             baseline.answers,
+            max_new_tokens=baseline.task.max_new_tokens,
             **baseline.decoding,
         )
 

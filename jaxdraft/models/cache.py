@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxdraft.models.config import ModelConfig
+from jaxdraft.models.rope import LongRope
 
 
 class KVCache(struct.PyTreeNode):
@@ -19,19 +20,37 @@ class KVCache(struct.PyTreeNode):
     Attributes:
       k: per layer ``[B, K, S, H]``, keys after the rotary embedding.
       v: per layer ``[B, K, S, H]``.
+      long_B: rows whose keys LongRoPE turns by its long factors; ``None`` for models without it.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    long_B: jax.Array | None = None
 
 
-def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache of ``size`` slots for ``batch`` rows."""
+def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype, end_B: jax.Array | None = None) -> KVCache:
+    """An empty cache of ``size`` slots for ``batch`` rows.
+
+    Args:
+      config: the model's shape.
+      batch: rows.
+      size: slots, at least as many as a row can have tokens.
+      dtype: of keys and values.
+      end_B: how many tokens each row can grow to, which LongRoPE has to know from the first; ``None`` is ``size``.
+    """
     shape = (batch, config.num_kv_heads, size, config.head_size)
     return KVCache(
+        long_B=long_rows(config, jnp.full(batch, size) if end_B is None else end_B),
         k=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
         v=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
     )
+
+
+def long_rows(config: ModelConfig, end_B: jax.Array) -> jax.Array | None:
+    """Rows that can grow past LongRoPE's original context; ``None`` for models without it."""
+    if not isinstance(config.rope_scaling, LongRope):
+        return None
+    return jnp.asarray(end_B) > config.rope_scaling.original_max_positions
 
 
 def slots(cache: KVCache) -> int:

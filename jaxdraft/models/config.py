@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.models.rope import LongRope, Scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,9 @@ class ModelConfig:
       head_dim: width of one head; ``None`` means ``hidden_size // num_heads``.
       family: decides the names and the fusing of weights in a Hugging Face folder.
       rope_theta: base of the rotary embedding.
+      rope_scaling: how it is stretched to longer texts: Llama 3's, Phi-3's LongRoPE, or not at all.
+      sliding_window: tokens that a token sees, itself included; ``None`` is all before it.
+      qkv_bias: biases on the query, key and value projections, as in Qwen2.
       rms_norm_eps: added to the mean square in RMSNorm.
       tie_embeddings: the output head is the embedding table.
       max_positions: longest sequence the model is meant for, prompt and answer together.
@@ -37,8 +41,11 @@ class ModelConfig:
     num_kv_heads: int
     vocab_size: int | None = None
     head_dim: int | None = None
-    family: Literal["llama", "phi3"] = "llama"
+    family: Literal["llama", "phi3", "mistral", "qwen2"] = "llama"
     rope_theta: float = 10000.0
+    rope_scaling: Scaling = None
+    sliding_window: int | None = None
+    qkv_bias: bool = False
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = True
     max_positions: int = 2048
@@ -61,6 +68,27 @@ class ModelConfig:
             raise ConfigError(f"head_dim ({self.head_size}) must be even: rotary embeddings turn pairs")
         if self.family == "phi3" and self.head_size * self.num_heads != self.hidden_size:
             raise ConfigError("family phi3 has no key for head_dim: it must be hidden_size / num_heads")
+        if self.sliding_window is not None and (self.sliding_window < 1 or self.family == "llama"):
+            raise ConfigError(
+                f"sliding_window is {self.sliding_window}: it must be positive, of a family that has one: not llama"
+            )
+        if self.qkv_bias != (self.family == "qwen2"):
+            raise ConfigError("qkv_bias belongs to family qwen2, and to no other")
+        if isinstance(self.rope_scaling, LongRope):
+            if self.family != "phi3":
+                raise ConfigError("longrope belongs to family phi3")
+            if len(self.rope_scaling.short_factor) != self.head_size // 2:
+                raise ConfigError(
+                    f"longrope has {len(self.rope_scaling.short_factor)} factors, a head of {self.head_size} needs "
+                    f"{self.head_size // 2}"
+                )
+
+    @staticmethod
+    def for_target(target: "ModelConfig", parameters: int | None = None, **options: bool) -> "ModelConfig":
+        """A draft's shape for any target: see ``jaxdraft.models.propose.propose_draft``."""
+        from jaxdraft.models.propose import propose_draft
+
+        return propose_draft(target, parameters, **options)
 
     @property
     def head_size(self) -> int:
@@ -82,6 +110,8 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Parameters of the model; a tied table counts once."""
         attention = self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_kv_heads)
+        if self.qkv_bias:
+            attention += self.head_size * (self.num_heads + 2 * self.num_kv_heads)
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         tables = self.vocabulary * self.hidden_size * (1 if self.tie_embeddings else 2)
         return tables + self.num_layers * block + self.hidden_size

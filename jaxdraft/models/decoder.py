@@ -42,6 +42,10 @@ class Block(nn.Module):
         q_BTNH = jnp.einsum("btd,dnh->btnh", h_BTD, self._weight("wq", (D, N, H), ("embed", "heads", None)))
         k_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self._weight("wk", (D, K, H), ("embed", "kv_heads", None)))
         v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self._weight("wv", (D, K, H), ("embed", "kv_heads", None)))
+        if c.qkv_bias:
+            q_BTNH += self._weight("bq", (N, H), ("heads", None), nn.initializers.zeros)
+            k_BTKH += self._weight("bk", (K, H), ("kv_heads", None), nn.initializers.zeros)
+            v_BTKH += self._weight("bv", (K, H), ("kv_heads", None), nn.initializers.zeros)
         q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
         if cache is None:
             o_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None])
@@ -57,8 +61,8 @@ class Block(nn.Module):
         x_BTD += jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, w_down)
         return nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache
 
-    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-        init = nn.initializers.ones if len(shape) == 1 else _matrix_init(self.config, name)
+    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any = None) -> jax.Array:
+        init = init or (nn.initializers.ones if len(shape) == 1 else _matrix_init(self.config, name))
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(self.dtype)
 
 
@@ -88,6 +92,7 @@ class Decoder(nn.Module):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None = None,
         cache: KVCache | None = None,
+        long_B: jax.Array | None = None,
     ) -> Any:
         """Hidden states after the last norm, ``[B, T, D]``; with a cache, ``(hidden, cache)``.
 
@@ -97,6 +102,8 @@ class Decoder(nn.Module):
             attention is causal in the order of the row. With a cache they are also the slots written to.
           segment_ids_BT: without a cache, tokens attend only within their own segment; ``None`` is one segment.
           cache: keys and values seen so far.
+          long_B: without a cache, rows that LongRoPE turns by its long factors; ``None`` takes those with a position
+            past its original context. A cache knows its own.
 
         Raises:
           ValueError: a cache with ``scan=True``.
@@ -114,11 +121,12 @@ class Decoder(nn.Module):
             head_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
             self.param("head", head_init, (c.hidden_size, c.vocabulary), jnp.float32)
         x_BTD = nn.with_logical_constraint(jnp.take(table, tokens_BT, axis=0).astype(dtype), ("batch", None, None))
-        cos, sin = rope_angles(positions_BT, c.head_size, c.rope_theta)
+        long_B = long_B if cache is None else cache.long_B
+        cos, sin = rope_angles(positions_BT, c.head_size, c.rope_theta, c.rope_scaling, c.max_positions, long_B)
         if cache is None:
-            mask_BTS = _causal_mask(tokens_BT.shape, segment_ids_BT)
+            mask_BTS = _causal_mask(tokens_BT.shape, segment_ids_BT, c.sliding_window)
         else:
-            mask_BTS = jnp.arange(slots(cache)) <= positions_BT[:, :, None]
+            mask_BTS = _seen(positions_BT[:, :, None], jnp.arange(slots(cache)), c.sliding_window)
 
         if self.scan:
             x_BTD, _ = self._scanned(dtype)(x_BTD, cos, sin, positions_BT, mask_BTS)
@@ -129,7 +137,8 @@ class Decoder(nn.Module):
                 x_BTD, layer = Block(c, dtype, name=f"layers_{i}")(x_BTD, cos, sin, positions_BT, mask_BTS, layer)
                 caches.append(layer)
             if cache is not None:
-                cache = KVCache(*(tuple(part) for part in zip(*caches, strict=True)))
+                k, v = zip(*caches, strict=True)
+                cache = cache.replace(k=k, v=v)
 
         norm_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         norm = self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
@@ -162,10 +171,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return nn.unbox(init_boxed(config, key))
 
 
-def init_boxed(config: ModelConfig, key: jax.Array) -> Any:
+def init_boxed(config: ModelConfig, key: jax.Array, scan: bool = True) -> Any:
     """Parameters boxed with their logical axes, as ``sharding.param_shardings`` wants them."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(config, dtype=jnp.float32).init(key, one, one)["params"]
+    return Decoder(config, dtype=jnp.float32, scan=scan).init(key, one, one)["params"]
 
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
@@ -197,8 +206,15 @@ def _matrix_init(config: ModelConfig, name: str):
     return nn.initializers.normal(scale)
 
 
-def _causal_mask(shape: tuple[int, ...], segment_ids_BT: jax.Array | None) -> jax.Array:
-    causal_1TT = jnp.tril(jnp.ones((shape[1], shape[1]), bool))[None]
+def _causal_mask(shape: tuple[int, ...], segment_ids_BT: jax.Array | None, window: int | None) -> jax.Array:
+    order_T = jnp.arange(shape[1])
+    seen_1TT = _seen(order_T[:, None], order_T, window)[None]
     if segment_ids_BT is None:
-        return jnp.broadcast_to(causal_1TT, (shape[0], *causal_1TT.shape[1:]))
-    return causal_1TT & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+        return jnp.broadcast_to(seen_1TT, (shape[0], *seen_1TT.shape[1:]))
+    return seen_1TT & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+
+def _seen(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """Whether a query at one place sees a key at another: not after it, and fewer than ``window`` places before."""
+    causal = key <= query
+    return causal if window is None else causal & (key > query - window)

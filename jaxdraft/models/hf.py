@@ -1,27 +1,35 @@
-"""Hugging Face folders in and out: one name table per family, used in both directions.
+"""Weights of Hugging Face folders in and out: one strict name table per family, used in both directions.
 
 Weights lie as ``[out, in]`` in safetensors and as ``[in…, out…]`` here; the rotary layout is the half-split one on both
-sides, so nothing is permuted.
+sides, so nothing is permuted. Both ways go one tensor, or one file, at a time: beside the arrays themselves the host
+never holds more.
 """
 
+import functools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
-from jaxdraft.models.decoder import Params, init_params
+from jaxdraft.models.decoder import Params, init_boxed
+from jaxdraft.models.hf_config import config_json, load_config, read_json
+from jaxdraft.sharding import param_shardings
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "phi3": "Phi3ForCausalLM"}
+SHARD_BYTES = 5 * 10**9
+_DTYPES = ("F32", "BF16", "F16")
 
 
 class Row(NamedTuple):
@@ -32,184 +40,274 @@ class Row(NamedTuple):
     in_axes: int | None  # None: stored as it is (tables and norms)
 
 
-_SHARED_LAYER = (
+_SHARED = (
     Row("input_layernorm.weight", ("attn_norm",), None),
     Row("self_attn.o_proj.weight", ("wo",), 2),
     Row("post_attention_layernorm.weight", ("mlp_norm",), None),
     Row("mlp.down_proj.weight", ("w_down",), 1),
 )
+_LLAMA = (
+    *_SHARED,
+    Row("self_attn.q_proj.weight", ("wq",), 1),
+    Row("self_attn.k_proj.weight", ("wk",), 1),
+    Row("self_attn.v_proj.weight", ("wv",), 1),
+    Row("mlp.gate_proj.weight", ("w_gate",), 1),
+    Row("mlp.up_proj.weight", ("w_up",), 1),
+)
 LAYER_TABLE = {
-    "llama": (
-        *_SHARED_LAYER,
-        Row("self_attn.q_proj.weight", ("wq",), 1),
-        Row("self_attn.k_proj.weight", ("wk",), 1),
-        Row("self_attn.v_proj.weight", ("wv",), 1),
-        Row("mlp.gate_proj.weight", ("w_gate",), 1),
-        Row("mlp.up_proj.weight", ("w_up",), 1),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": (
+        *_LLAMA,
+        Row("self_attn.q_proj.bias", ("bq",), 0),
+        Row("self_attn.k_proj.bias", ("bk",), 0),
+        Row("self_attn.v_proj.bias", ("bv",), 0),
     ),
     "phi3": (
-        *_SHARED_LAYER,
+        *_SHARED,
         Row("self_attn.qkv_proj.weight", ("wq", "wk", "wv"), 1),
         Row("mlp.gate_up_proj.weight", ("w_gate", "w_up"), 1),
     ),
 }
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """Reads ``config.json`` in the dialects of transformers 4 and 5.
-
-    Raises:
-      ConfigError: there is none, it is of another family, or it asks for something the decoder does not do.
-    """
-    path = Path(folder) / "config.json"
-    raw = _read_json(path)
-    family = raw.get("model_type")
-    if family not in LAYER_TABLE:
-        raise ConfigError(f"{path}: model_type {family!r} is not supported; known are {', '.join(LAYER_TABLE)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    max_positions = raw.get("max_position_embeddings", 2048)
-    if window := raw.get("sliding_window"):
-        # Within the window, attention is the full one.
-        max_positions = min(max_positions, window)
-    rotary = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    unsupported = {
-        f"rope scaling {scaling!r}": scaling != "default",
-        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-        "attention_bias": raw.get("attention_bias", False),
-        "mlp_bias": raw.get("mlp_bias", False),
-        f"partial_rotary_factor {rotary}": rotary != 1.0,
-    }
-    if found := [what for what, present in unsupported.items() if present]:
-        raise ConfigError(f"{path}: {', '.join(found)} is not supported by this version of jaxdraft")
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if key not in raw]
-    if missing:
-        raise ConfigError(f"{path}: lacks {', '.join(missing)}")
-    eos = _generation_eos(folder, raw)
-    return ModelConfig(
-        family=family,
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=None if family == "phi3" else raw.get("head_dim"),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6 if family == "llama" else 1e-5),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        max_positions=max_positions,
-        bos_id=raw.get("bos_token_id"),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-    )
+class _Stored(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
 
 
-def load_model(folder: str | Path) -> tuple[ModelConfig, Params]:
-    """Shape and float32 parameters (stacked layers) of a Hugging Face folder.
+def load_model(
+    folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32, scan: bool = True
+) -> tuple[ModelConfig, Params]:
+    """Shape and parameters of a Hugging Face folder, read one tensor at a time straight to where they belong.
 
-    Raises:
-      ConfigError: a tensor is missing, unknown, stored twice or of another shape than ``config.json`` says; a shard
-        named by the index lies outside the folder or is no safetensors file.
-    """
-    config = load_config(folder)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    # Old checkpoints store the rotary frequencies, which follow from theta.
-    stored = {name: x for name, x in _tensors(Path(folder)) if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        stored.pop("lm_head.weight", None)
-
-    def take(row: Row, names: tuple[str, ...], shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-        if row.name not in stored:
-            raise ConfigError(f"{folder}: tensor {row.name} is missing")
-        tensor = stored.pop(row.name)
-        parts = {name: shapes[name].shape for name in names}
-        want = _stored_shape(row, list(parts.values()))
-        if tensor.shape != want:
-            raise ConfigError(f"{folder}: tensor {row.name} has shape {tensor.shape}; config.json implies {want}")
-        if row.in_axes is None:
-            return {names[0]: tensor}
-        splits = np.cumsum([np.prod(shape[row.in_axes :]) for shape in parts.values()])[:-1]
-        pieces = np.split(tensor, splits.astype(int), axis=0)
-        return {name: piece.T.reshape(shape) for (name, shape), piece in zip(parts.items(), pieces, strict=True)}
-
-    params: dict[str, Any] = {}
-    for row in _outer_table(config):
-        params |= take(row, row.ours, shapes)
-    layer_shapes = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in shapes["layers"].items()}
-    layers: list[dict[str, np.ndarray]] = []
-    for i in range(config.num_layers):
-        layers.append({})
-        for row in LAYER_TABLE[config.family]:
-            layers[-1] |= take(row._replace(name=f"model.layers.{i}.{row.name}"), row.ours, layer_shapes)
-    if stored:
-        raise ConfigError(f"{folder}: unknown tensors {', '.join(sorted(stored)[:5])} ({len(stored)} in all)")
-    params["layers"] = {k: np.stack([layer[k] for layer in layers]) for k in layer_shapes}
-    return config, jax.tree.map(jnp.asarray, params)
-
-
-def save_model(folder: str | Path, config: ModelConfig, params: Params, dtype: Any = jnp.float32) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` such that transformers 4 and 5 and engines read the same model.
+    Every name and shape is checked before the first weight is read. Each process reads only what its devices hold.
 
     Args:
-      folder: made if it does not exist.
+      folder: ``config.json`` and safetensors of float32, bfloat16 or float16, in one file or several.
+      mesh: where the parameters are laid out by the rules of ``sharding``; ``None`` is the first device.
+      dtype: of the parameters.
+      scan: stacked layers, or ``layers_0``, ``layers_1``, … for ``Decoder(config, scan=False)``.
+
+    Raises:
+      ConfigError: a tensor is missing, unknown, stored twice, of another shape than ``config.json`` says or of a
+        dtype that holds no plain weights; the index does not fit its shards, or names one outside the folder.
+    """
+    config = load_config(folder)
+    boxed = jax.eval_shape(lambda: init_boxed(config, jax.random.key(0), scan=scan))
+    shapes = jax.tree.map(lambda x: x.shape, nn.unbox(boxed))
+    shardings: Any
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes, is_leaf=_is_shape)
+    else:
+        shardings = param_shardings(mesh, boxed)
+    stored = _headers(Path(folder))
+    if config.tie_embeddings:
+        stored.pop("lm_head.weight", None)
+    layers = [shapes[f"layers_{i}"] for i in range(config.num_layers)] if not scan else None
+    layer_shapes = layers[0] if layers else {name: shape[1:] for name, shape in shapes["layers"].items()}
+    _check_table(Path(folder), config, stored, shapes, layer_shapes)
+
+    def parts(row: Row, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Callable[[Any], np.ndarray]]]:
+        offset = 0
+        for name in row.ours:
+            shape = shapes[name]
+            yield name, functools.partial(_read, stored[row.name].file, row, shape, offset, np.dtype(dtype))
+            offset += math.prod(shape[row.in_axes or 0 :])
+
+    place = jax.make_array_from_callback
+    params: dict[str, Any] = {}
+    for row in _outer_table(config):
+        for name, read in parts(row, shapes):
+            params[name] = place(shapes[name], shardings[name], read)
+    if not scan:
+        for i in range(config.num_layers):
+            key = f"layers_{i}"
+            params[key] = {
+                name: place(layer_shapes[name], shardings[key][name], read)
+                for row in _layer_rows(config, i)
+                for name, read in parts(row, layer_shapes)
+            }
+        return config, params
+    params["layers"] = {}
+    for table_row in LAYER_TABLE[config.family]:
+        for n, name in enumerate(table_row.ours):
+            sharding = shardings["layers"][name]
+            put = jax.jit(_put_layer, donate_argnums=0, out_shardings=sharding)
+            of_layer = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+            stack = jnp.zeros(shapes["layers"][name], dtype, device=sharding)
+            for i in range(config.num_layers):
+                _, read = list(parts(_of_layer(table_row, i), layer_shapes))[n]
+                stack = put(stack, place(layer_shapes[name], of_layer, read), i)
+            params["layers"][name] = stack
+    return config, params
+
+
+def save_model(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Params,
+    dtype: Any = jnp.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Writes ``config.json`` and safetensors such that transformers 4 and 5 and engines read the same model.
+
+    Args:
+      folder: made if it does not exist; weights of an earlier model in it are deleted.
       config: the shape.
       params: with stacked layers.
       dtype: of the stored weights.
+      shard_bytes: weights of more than this go into several files with an index.
+
+    Returns:
+      The files written.
+
+    Raises:
+      ConfigError: a weight is too large for ``dtype``: float16 ends at 65504.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, jax.Array] = {}
-
-    def put(row: Row, source: Params) -> None:
-        if row.in_axes is None:
-            tensors[row.name] = jnp.asarray(source[row.ours[0]], dtype)
-            return
-        flat = [source[name].reshape(int(np.prod(source[name].shape[: row.in_axes])), -1) for name in row.ours]
-        tensors[row.name] = jnp.asarray(jnp.concatenate(flat, axis=1).T, dtype)
-
-    for row in _outer_table(config):
-        put(row, params)
+    for old in [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX]:
+        old.unlink(missing_ok=True)
+    rows: list[tuple[Row, Callable[[str], jax.Array]]] = [(row, params.__getitem__) for row in _outer_table(config)]
     for i in range(config.num_layers):
-        layer = jax.tree.map(lambda x, i=i: x[i], params["layers"])
-        for row in LAYER_TABLE[config.family]:
-            put(row._replace(name=f"model.layers.{i}.{row.name}"), layer)
-    # transformers 4.44 crashes on a file without this entry.
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_config_json(config, jnp.dtype(dtype).name), indent=2) + "\n")
+        rows += [(row, lambda name, i=i: params["layers"][name][i]) for row in _layer_rows(config, i)]
+    itemsize = np.dtype(dtype).itemsize
+    shards: list[list[tuple[Row, Callable[[str], jax.Array]]]] = [[]]
+    size = total = 0
+    for row, part in rows:
+        nbytes = itemsize * sum(_size(params, row, name) for name in row.ours)
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((row, part))
+        size, total = size + nbytes, total + nbytes
+    written, weight_map = [], {}
+    for n, shard in enumerate(shards, start=1):
+        path = folder / (WEIGHTS if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors")
+        tensors = {row.name: _to_stored(row, part, np.dtype(dtype)) for row, part in shard}
+        weight_map |= dict.fromkeys(tensors, path.name)
+        # transformers 4.44 crashes on a file without this entry.
+        save_file(tensors, path, metadata={"format": "pt"})
+        written.append(path)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        written.append(folder / INDEX)
+    (folder / "config.json").write_text(json.dumps(config_json(config, np.dtype(dtype).name), indent=2) + "\n")
+    return [folder / "config.json", *written]
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a folder, in name order.
+    """The safetensors files of a folder, in name order; one whole file goes before shards, as in transformers.
 
     Raises:
       ConfigError: there is none, or the index names a path instead of a file beside it.
     """
     folder = Path(folder)
-    if (folder / INDEX).exists():
-        names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
-        if bad := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
-            raise ConfigError(f"{folder / INDEX}: shard {bad[0]!r} is not a safetensors file of this folder")
-    else:
-        names = [WEIGHTS]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        raise ConfigError(f"{folder / WEIGHTS} does not exist: a model folder holds {WEIGHTS}, or shards and {INDEX}")
+    names = sorted(set(_weight_map(folder).values()))
+    if bad := [n for n in names if Path(n).name != n or "\0" in n or not n.endswith(".safetensors")]:
+        raise ConfigError(f"{folder / INDEX}: shard {bad[0]!r} is not a safetensors file of this folder")
     files = [folder / name for name in names]
     if missing := [f for f in files if not f.is_file()]:
-        raise ConfigError(f"{missing[0]} does not exist: a model folder holds {WEIGHTS}, or shards and {INDEX}")
+        raise ConfigError(f"{missing[0]} does not exist, but {INDEX} names it: is the download complete?")
     return files
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    seen: set[str] = set()
+def _weight_map(folder: Path) -> dict[str, str]:
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise ConfigError(f"{folder / INDEX}: no weight_map from tensors to files")
+    return found
+
+
+def _headers(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of the folder: where it is, and its shape; nothing is read but the headers."""
+    stored: dict[str, _Stored] = {}
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="flax") as file:
+            with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
-                    if name in seen:
-                        raise ConfigError(f"{path}: tensor {name} is stored twice")
-                    seen.add(name)
-                    yield name, np.asarray(file.get_tensor(name), np.float32)
+                    part = file.get_slice(name)
+                    if name in stored:
+                        raise ConfigError(f"{path}: tensor {name} is also stored in {stored[name].file.name}")
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # old checkpoints store the rotary frequencies, which follow from theta
+                    if part.get_dtype() not in _DTYPES:
+                        raise ConfigError(
+                            f"{path}: tensor {name} is of dtype {part.get_dtype()}: give weights of float32, bfloat16 "
+                            "or float16, not quantised ones"
+                        )
+                    stored[name] = _Stored(path, tuple(part.get_shape()))
         except SafetensorError as error:
             raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
+    if not (folder / WEIGHTS).is_file():
+        for name, file in _weight_map(folder).items():
+            if name in stored and stored[name].file.name != file:
+                raise ConfigError(f"{folder / INDEX}: tensor {name} is in {stored[name].file.name}, not in {file}")
+    return stored
+
+
+def _check_table(folder: Path, config: ModelConfig, stored: dict[str, _Stored], outer: Any, layer: Any) -> None:
+    wanted = {row.name: _stored_shape(row, outer) for row in _outer_table(config)}
+    for i in range(config.num_layers):
+        wanted |= {row.name: _stored_shape(row, layer) for row in _layer_rows(config, i)}
+    if missing := [name for name in wanted if name not in stored]:
+        raise ConfigError(f"{folder}: tensor {missing[0]} is missing{_and_more(missing)}")
+    if unknown := [name for name in stored if name not in wanted]:
+        raise ConfigError(f"{folder}: unknown tensors {', '.join(sorted(unknown)[:5])} ({len(unknown)} in all)")
+    for name, want in wanted.items():
+        if stored[name].shape != want:
+            raise ConfigError(f"{folder}: tensor {name} has shape {stored[name].shape}; config.json implies {want}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _read(file: Path, row: Row, shape: tuple[int, ...], offset: int, dtype: np.dtype, index: Any) -> np.ndarray:
+    """One device's part of one parameter; of the axes before and after ``in_axes`` only the first may be cut.
+
+    The file is opened anew for each part: what a mapping has once touched stays in memory until it is closed.
+    """
+    spans = [range(size)[part] for size, part in zip(shape, index, strict=True)]
+    local = [len(span) for span in spans]
+    with safe_open(file, framework="numpy") as opened:
+        tensor = opened.get_slice(row.name)
+        if row.in_axes is None:
+            return tensor[tuple(slice(s.start, s.stop) for s in spans)].astype(dtype)
+        columns, rows = (
+            slice(begin + spans[axis].start * inner, begin + spans[axis].stop * inner)
+            for axis, inner, begin in (
+                (0, math.prod(shape[1 : row.in_axes]), 0),
+                (row.in_axes, math.prod(shape[row.in_axes + 1 :]), offset),
+            )
+        )
+        part = tensor[rows] if row.in_axes == 0 else tensor[rows, columns]
+    return np.ascontiguousarray(
+        part.astype(dtype).T.reshape(local) if row.in_axes else part.astype(dtype).reshape(local)
+    )
+
+
+def _put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+
+
+def _to_stored(row: Row, part: Callable[[str], jax.Array], dtype: np.dtype) -> np.ndarray:
+    pieces = []
+    for name in row.ours:
+        whole = np.asarray(part(name))
+        if row.in_axes is not None:
+            whole = whole.reshape(math.prod(whole.shape[: row.in_axes]), -1).T if row.in_axes else whole.reshape(-1)
+        with np.errstate(over="ignore"):
+            pieces.append(whole.astype(dtype))
+        if np.isfinite(whole).all() and not np.isfinite(pieces[-1]).all():
+            raise ConfigError(f"tensor {row.name} does not fit into {dtype.name}: export bfloat16 or float32")
+    return np.ascontiguousarray(np.concatenate(pieces))
 
 
 def _outer_table(config: ModelConfig) -> tuple[Row, ...]:
@@ -217,61 +315,25 @@ def _outer_table(config: ModelConfig) -> tuple[Row, ...]:
     return rows if config.tie_embeddings else (*rows, Row("lm_head.weight", ("head",), 1))
 
 
-def _stored_shape(row: Row, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+def _layer_rows(config: ModelConfig, layer: int) -> list[Row]:
+    return [_of_layer(row, layer) for row in LAYER_TABLE[config.family]]
+
+
+def _of_layer(row: Row, layer: int) -> Row:
+    return row._replace(name=f"model.layers.{layer}.{row.name}")
+
+
+def _stored_shape(row: Row, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    ours = [shapes[name] for name in row.ours]
     if row.in_axes is None:
-        return shapes[0]
-    out = sum(int(np.prod(shape[row.in_axes :])) for shape in shapes)
-    return out, int(np.prod(shapes[0][: row.in_axes]))
+        return ours[0]
+    out = sum(math.prod(shape[row.in_axes :]) for shape in ours)
+    return (out, math.prod(ours[0][: row.in_axes])) if row.in_axes else (out,)
 
 
-def _config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Both dialects at once: read by transformers 4.44, a theta that stands only in the new one becomes 10000."""
-    extra: dict[str, Any] = (
-        {"head_dim": config.head_size, "attention_bias": False, "mlp_bias": False}
-        if config.family == "llama"
-        else {
-            "original_max_position_embeddings": config.max_positions,
-            "sliding_window": None,
-            "pad_token_id": None,
-        }
-    )
-    return {
-        "architectures": [ARCHITECTURES[config.family]],
-        "model_type": config.family,
-        "vocab_size": config.vocabulary,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **extra,
-    }
+def _size(params: Params, row: Row, name: str) -> int:
+    return params[name].size if name in params else math.prod(params["layers"][name].shape[1:])
 
 
-def _generation_eos(folder: str | Path, raw: dict[str, Any]) -> Any:
-    generation = Path(folder) / "generation_config.json"
-    chosen = _read_json(generation).get("eos_token_id") if generation.exists() else None
-    return raw.get("eos_token_id") if chosen is None else chosen
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple)

@@ -30,7 +30,7 @@ class OptimizerSettings:
       decay: shape of the way from ``learning_rate`` to ``final_learning_rate``.
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
-      weight_decay: decoupled decay of matrices and tables; norms are left alone.
+      weight_decay: decoupled decay of matrices and tables; norms and biases are left alone.
       clip_norm: largest global norm of a gradient.
 
     Raises:
@@ -131,4 +131,5 @@ def abstract_state(optimizer: OptimizerSettings, config: ModelConfig, shardings:
 
 
 def _decayed(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
+    kept = lambda name: "norm" in name or name in ("bq", "bk", "bv")
+    return jax.tree_util.tree_map_with_path(lambda path, _: not kept(path[-1].key), params)

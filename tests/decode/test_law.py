@@ -103,7 +103,7 @@ MISTAKES = {
     "one key to propose and to accept": {"ACCEPT": speculative.PROPOSE},
     "one key to propose and to replace": {"REPLACE": speculative.PROPOSE},
     "cache off by one": {
-        "prefill": lambda decoder, params, tokens, n, size: prefill(decoder, params, tokens, n - 1, size)
+        "prefill": lambda decoder, params, tokens, n, end, size: prefill(decoder, params, tokens, n - 1, end, size)
     },
 }
 

@@ -142,7 +142,10 @@ def test_bfloat16_weights_survive_a_folder(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "gpt2"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}}, "llama3.*original_max_position"),
+        ({"rope_theta": 10000.0}, "rope_theta is 10000.0, but 500.0 in rope_parameters"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"intermediate_size": 47}, "mlp.down_proj.weight has shape"),
@@ -165,13 +168,6 @@ def test_either_dialect_of_rope_theta_is_read(tmp_path):
     for drop in ("rope_parameters", "rope_theta"):
         path.write_text(json.dumps({k: v for k, v in both.items() if k != drop}))
         assert load_model(tmp_path)[0].rope_theta == 500.0
-
-
-def test_a_sliding_window_limits_the_positions(tmp_path):
-    save_model(tmp_path, TINY, init_params(TINY, jax.random.key(0)))
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 100}))
-    assert load_model(tmp_path)[0].max_positions == 100
 
 
 def test_bad_shapes_are_named():
