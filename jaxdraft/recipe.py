@@ -30,9 +30,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclasses.dataclass(frozen=True)
 class HFModel:
-    """A Hugging Face folder: config.json, safetensors, tokenizer files."""
+    """A Hugging Face model: config.json, safetensors, tokenizer files.
+
+    Attributes:
+      path: a folder, or a repository of the hub written ``owner/name``.
+      revision: of the repository: a commit for runs that shall be repeatable; ``None`` is the main branch of the day.
+    """
 
     path: str
+    revision: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

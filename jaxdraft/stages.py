@@ -23,6 +23,7 @@ from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import MODEL, export_stage
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.hf import load_config, load_model, save_model, weight_files
+from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Stage, Train, TrainTokenizer
 from jaxdraft.settings import to_json
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files, train_sentencepiece
@@ -48,10 +49,10 @@ class Context:
         """The Hugging Face folder that a Train stage leaves behind."""
         return self.folder(stage) / MODEL
 
-    @property
+    @cached_property
     def target_folder(self) -> Path:
         target = self.recipe.target
-        return Path(target.path) if isinstance(target, HFModel) else self.model_folder(target)
+        return model_folder(target.path, target.revision) if isinstance(target, HFModel) else self.model_folder(target)
 
     @property
     def tokenizer_folder(self) -> Path:

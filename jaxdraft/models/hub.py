@@ -1,0 +1,54 @@
+"""Where a model's files are: a local folder, or a repository of the Hugging Face hub at one revision."""
+
+import re
+from pathlib import Path
+
+from jaxdraft.errors import ConfigError
+
+# Weights that are plain arrays, and text; never pickles, never code.
+_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def model_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model given as a folder, or as ``owner/name`` or ``owner/name@revision`` on the hub.
+
+    Of a repository, configuration, safetensors and tokenizer files are downloaded once into huggingface_hub's cache
+    (``HF_HOME``); a token (``HF_TOKEN``, ``hf auth login``) opens gated ones; ``HF_HUB_OFFLINE=1`` keeps to the cache.
+
+    Args:
+      name: a folder goes before a repository of the same name.
+      revision: a commit, tag or branch; ``None`` is the one after ``@``, else the main branch as it stands. Give a
+        commit where a run shall be repeatable.
+
+    Raises:
+      ConfigError: no such folder, and no repository that can be had: the message says why.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, at = str(name).partition("@")
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"{name} is neither a folder here nor a hub repository written owner/name[@revision]")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision or at or None, allow_patterns=list(_PATTERNS), ignore_patterns=["*/*"]
+        )
+    except errors.GatedRepoError:
+        raise ConfigError(
+            f"{repository} is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise ConfigError(f"{name}: the hub has no such repository or revision ({_first_line(error)})") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"{name} is no folder here and the hub could not be reached ({_first_line(error)}): download it where "
+            "there is a network, and give its folder"
+        ) from None
+    return Path(found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
