@@ -11,6 +11,7 @@ from jaxdraft import __version__
 from jaxdraft.errors import ConfigError, Interrupted
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
+_ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
 
 RUN_EXAMPLE = """examples:
   jaxdraft run quickstart --workdir runs/quickstart
@@ -25,8 +26,18 @@ EVALUATE_EXAMPLE = """example:
 prompts.jsonl holds a line per prompt: {"prompt": "text"}, {"messages": [...]} or {"tokens": [...]}."""
 SAMPLE_EXAMPLE = """example:
   jaxdraft sample --target TARGET_FOLDER --draft DRAFT_FOLDER --prompt "Once upon a time" --block-size 5"""
-EXPORT_EXAMPLE = """example:
-  jaxdraft export --run runs/quickstart --stage distill-tvdpp --out my-draft --dtype bfloat16"""
+EXPORT_EXAMPLE = """examples:
+  jaxdraft export --run runs/quickstart --stage distill-tvdpp --out my-draft --dtype bfloat16
+  jaxdraft export --untrained --target TARGET_FOLDER --shape 50M --out try-me
+
+The second writes random weights: try your engine with it before you spend a day of compute."""
+CHECK_EXAMPLE = """example:
+  jaxdraft check --target TARGET_FOLDER --draft DRAFT_FOLDER --engine vllm
+
+Exit code 2 if anything would not work."""
+INSPECT_EXAMPLE = """examples:
+  jaxdraft inspect MODEL_FOLDER
+  jaxdraft inspect runs/quickstart"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,18 +104,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_decoding(sample)
 
     export = verb("export", _export, "write a stage's model as a Hugging Face folder", EXPORT_EXAMPLE)
-    export.add_argument("--run", type=Path, required=True, help="a run directory")
-    export.add_argument("--stage", required=True, help="a Train stage of it")
+    export.add_argument("--run", type=Path, help="a run directory")
+    export.add_argument("--stage", help="a Train stage of it")
+    export.add_argument("--untrained", action="store_true", help="random weights, with --target and --shape")
+    export.add_argument("--target", help="with --untrained: the model the draft is to be for")
+    export.add_argument("--shape", default="50M", help="with --untrained: a preset's name or a size (default: 50M)")
     export.add_argument("--out", type=Path, required=True, help="the folder to write")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     export.add_argument("--evaluation", help="an Evaluate stage whose figures go into the model card")
     export.add_argument("--block-size", type=_positive, default=5, help="for assisted generation (default: 5)")
+
+    check = verb("check", _check, "say which engines would take a draft for a target, and what to do", CHECK_EXAMPLE)
+    _add_pair(check, draft_required=True)
+    check.add_argument("--engine", default="all", choices=(*_ENGINES, "all"), help="default: all")
+
+    inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
+    inspect.add_argument("folder", help="a model folder, owner/name[@revision] on the hub, or a run directory")
     return parser
 
 
 def _add_pair(parser: argparse.ArgumentParser, draft_required: bool) -> None:
-    parser.add_argument("--target", type=Path, required=True, help="Hugging Face folder of the model to speed up")
-    parser.add_argument("--draft", type=Path, required=draft_required, help="Hugging Face folder of the draft")
+    kind = "Hugging Face folder, or owner/name[@revision] on the hub,"
+    parser.add_argument("--target", required=True, help=f"{kind} of the model to speed up")
+    parser.add_argument("--draft", required=draft_required, help=f"{kind} of the draft")
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -132,10 +154,11 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.evaluate.command import evaluate_pair
+    from jaxdraft.models.hub import model_folder
 
     evaluate_pair(
-        target=options.target,
-        draft=options.draft,
+        target=model_folder(options.target),
+        draft=model_folder(options.draft),
         prompts=options.prompts,
         task=options.task or options.prompts.stem,
         block_sizes=options.block_sizes,
@@ -151,10 +174,11 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
 
 def _sample(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.evaluate.command import sample
+    from jaxdraft.models.hub import model_folder
 
     sample(
-        target=options.target,
-        draft=options.draft,
+        target=model_folder(options.target),
+        draft=None if options.draft is None else model_folder(options.draft),
         prompt=options.prompt,
         block_size=options.block_size,
         temperature=options.temperature,
@@ -165,8 +189,18 @@ def _sample(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, command: list[str]) -> None:
-    from jaxdraft.export import export_stage
+    from jaxdraft.export import export_stage, export_untrained
+    from jaxdraft.models.hub import model_folder
 
+    if options.untrained:
+        if options.target is None:
+            raise ConfigError("--untrained needs --target, the model the draft is to be for")
+        target, how = model_folder(options.target), {"dtype": options.dtype, "block_size": options.block_size}
+        export_untrained(target, options.shape, options.out, **how)
+        print(options.out)
+        return
+    if options.run is None or options.stage is None:
+        raise ConfigError("name what to export: --run and --stage, or --untrained and --target")
     export_stage(
         options.run,
         options.stage,
@@ -176,6 +210,22 @@ def _export(options: argparse.Namespace, command: list[str]) -> None:
         evaluation=options.evaluation,
     )
     print(options.out)
+
+
+def _check(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.check import run_check
+    from jaxdraft.models.hub import model_folder
+
+    engines = _ENGINES if options.engine == "all" else (options.engine,)
+    if not run_check(model_folder(options.target), model_folder(options.draft), engines):
+        raise ConfigError("something would not work: see above")
+
+
+def _inspect(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.inspect import inspect
+    from jaxdraft.models.hub import model_folder
+
+    inspect(model_folder(options.folder))
 
 
 def _integers(text: str) -> tuple[int, ...]:

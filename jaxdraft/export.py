@@ -1,18 +1,23 @@
 """The folder that engines load: weights, configuration, the target's tokenizer files byte for byte, a model card."""
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.models import ModelConfig
+from jaxdraft.models import ModelConfig, init_params
 from jaxdraft.models.decoder import Params
-from jaxdraft.models.hf import load_model, save_model
+from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hf_config import eos_json
+from jaxdraft.models.presets import preset
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
 
 MODEL = "model"  # the folder in a Train stage's own that holds its model
@@ -70,6 +75,39 @@ def export_stage(
     )
 
 
+def export_untrained(
+    target: Path, shape: str, out: Path, *, dtype: str = "float32", block_size: int = 5, seed: int = 0
+) -> list[Path]:
+    """Exports a draft with random weights, to try an engine with before a day is spent on training.
+
+    Args:
+      target: Hugging Face folder whose vocabulary, tokenizer and context the draft takes.
+      shape: a preset's name, or a number of parameters as in ``50M``.
+      out: the folder to write.
+      dtype: of the stored weights.
+      block_size: draft tokens per block that transformers' assisted generation shall use.
+      seed: of the weights.
+
+    Raises:
+      ConfigError: no such preset, or one of another vocabulary than the target's.
+    """
+    model = load_config(target)
+    number = re.fullmatch(r"([0-9.]+)([KMB]?)", shape)
+    if number:
+        count = float(number[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[number[2]]
+        draft = ModelConfig.for_target(model, parameters=int(count))
+    else:
+        draft = preset(shape)
+        if draft.vocab_size != model.vocab_size:
+            raise ConfigError(f"{shape} has a vocabulary of {draft.vocab_size}, {target} one of {model.vocab_size}")
+        draft = dataclasses.replace(
+            draft, bos_id=model.bos_id, eos_ids=model.eos_ids, max_positions=model.max_positions
+        )
+    provenance = {"recipe": "none: untrained", "target": target.name, "shape": shape, "seed": seed}
+    params = init_params(draft, jax.random.key(seed))
+    return export_model(out, draft, params, target, dtype=dtype, block_size=block_size, provenance=provenance)
+
+
 def export_model(
     folder: Path,
     config: ModelConfig,
@@ -105,7 +143,17 @@ def export_model(
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     (folder / "README.md").write_text(_card(config, dtype, block_size, provenance, evaluations))
+    _check_readable(folder, config, params, dtype)
     return [*weights, folder / "generation_config.json", folder / "README.md", *copied]
+
+
+def _check_readable(folder: Path, config: ModelConfig, params: Params, dtype: str) -> None:
+    """What was written reads back as what is in memory, to the bit once rounded to ``dtype``: so do its logits."""
+    _, stored = load_model(folder, dtype=jnp.dtype(dtype))
+    names = jax.tree_util.tree_leaves_with_path(params)
+    for (path, ours), theirs in zip(names, jax.tree.leaves(stored), strict=True):
+        if not np.array_equal(np.asarray(jnp.asarray(ours, theirs.dtype)), np.asarray(theirs)):
+            raise OSError(f"{folder}: {jax.tree_util.keystr(path)} does not read back as it was written")
 
 
 def _card(config, dtype, block_size, provenance, evaluations) -> str:
@@ -127,10 +175,16 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         "",
         "```python",
         "target.generate(**inputs, assistant_model=draft)  # transformers, batch size 1",
+        'openvino_genai.LLMPipeline(target, "CPU", draft_model=openvino_genai.draft_model(draft, "CPU"))  # OpenVINO',
         "```",
         "```sh",
         f'vllm serve TARGET --speculative-config \'{{"method": "draft_model", "model": "THIS_FOLDER", '
         f'"num_speculative_tokens": {block_size}}}\'',
+        "python -m sglang.launch_server --model-path TARGET --speculative-algorithm STANDALONE "
+        f"--speculative-draft-model-path THIS_FOLDER --speculative-num-steps {block_size}",
+        "optimum-cli export openvino --model THIS_FOLDER DRAFT_OV  # the draft of the OpenVINO line above",
+        "python convert_hf_to_gguf.py THIS_FOLDER --outfile draft.gguf  # llama.cpp, then:",
+        f"llama-server -m TARGET.gguf -md draft.gguf --draft-max {block_size}",
         "jaxdraft evaluate --target TARGET --draft THIS_FOLDER --prompts prompts.jsonl --out results",
         "```",
     ]

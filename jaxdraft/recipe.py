@@ -30,12 +30,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclasses.dataclass(frozen=True)
 class HFModel:
-    """A Hugging Face model: config.json, safetensors, tokenizer files.
-
-    Attributes:
-      path: a folder, or a repository of the hub written ``owner/name``.
-      revision: of the repository: a commit for runs that shall be repeatable; ``None`` is the main branch of the day.
-    """
+    """A Hugging Face model: a folder, or ``owner/name`` on the hub, pinned by ``revision`` where runs shall repeat."""
 
     path: str
     revision: str | None = None

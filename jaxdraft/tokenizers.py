@@ -25,6 +25,8 @@ _FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -206,6 +208,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     ids = {piece: i for i, piece in enumerate(backend.pieces())}
     bos_id, eos_id = (_special_id(folder, config, backend, ids, name) for name in ("bos", "eos"))
     return Tokenizer(folder, backend, bos_id, eos_id)
+
+
+def differences(target: Tokenizer, draft: Tokenizer) -> list[str]:
+    """In what two tokenizers differ, a sentence each: pieces one by one, BOS, EOS and whether BOS is added.
+
+    Empty means that the draft's ids mean what the target's do.
+    """
+    found = []
+    ours, theirs = (
+        pieces + [None] * (max(target.vocab_size, draft.vocab_size) - len(pieces))
+        for pieces in (target.pieces(), draft.pieces())
+    )
+    if apart := [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]:
+        shown = ", ".join(f"id {i} is {ours[i]!r} in the target and {theirs[i]!r} in the draft" for i in apart[:2])
+        found.append(f"{shown}; {len(apart)} of {len(ours)} pieces differ")
+    for name, attribute in {"BOS": "bos_id", "EOS": "eos_id", "add_bos": "adds_bos"}.items():
+        a, b = getattr(target, attribute), getattr(draft, attribute)
+        if a != b:
+            found.append(f"{name} is {a} in the target and {b} in the draft")
+    return found
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:

@@ -35,9 +35,11 @@ MAY_IMPORT = {
     "overrides": {"losses"},
     "recipe": BELOW_STAGES | {"overrides"},
     "export": BELOW_STAGES,
+    "check": BELOW_STAGES,
+    "inspect": BELOW_STAGES,
     "stages": BELOW_STAGES | {"export", "recipe", "settings"},
     "run": BELOW_STAGES | {"__init__", "recipe", "settings", "stages"},
-    "cli": BELOW_STAGES | {"__init__", "export", "recipe", "run"},
+    "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "recipe", "run"},
 }
 
 

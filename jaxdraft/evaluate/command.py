@@ -1,5 +1,6 @@
 """``jaxdraft evaluate`` and ``jaxdraft sample``: any two Hugging Face folders that share a vocabulary."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.models.hf import load_config
-from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files
+from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
 from jaxdraft.tracking import progress_bar
+
+logger = logging.getLogger(__name__)
 
 # Bold green for what the draft wrote; plain for the target's own tokens.
 _ACCEPTED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
@@ -111,15 +114,15 @@ def _shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
     if sizes[0] != sizes[1]:
         raise ConfigError(f"{target} has a vocabulary of {sizes[0]} and {draft} one of {sizes[1]}: they must be equal")
     if tokenizer_files(draft):
-        ours, theirs = tokenizer.pieces(), load_tokenizer(draft).pieces()
-        if ours != theirs:
-            size = min(len(ours), len(theirs))
-            place = next((i for i in range(size) if ours[i] != theirs[i]), size)
-            pieces = [pieces[place] if place < len(pieces) else "nothing" for pieces in (ours, theirs)]
+        theirs = load_tokenizer(draft)
+        found = differences(tokenizer, theirs)
+        if theirs.pieces() != tokenizer.pieces():
             raise ConfigError(
-                f"target and draft have different tokenizers: id {place} is {pieces[0]!r} in {target} and "
-                f"{pieces[1]!r} in {draft}. A draft works only for a target with its own vocabulary"
+                f"target and draft have different tokenizers: {found[0]}. A draft works only for a target with its own "
+                "vocabulary"
             )
+        for difference in found:
+            logger.warning("%s; the target's tokenizer is used", difference)
     return tokenizer
 
 

@@ -171,7 +171,7 @@ def save_model(
         old.unlink(missing_ok=True)
     rows: list[tuple[Row, Callable[[str], jax.Array]]] = [(row, params.__getitem__) for row in _outer_table(config)]
     for i in range(config.num_layers):
-        rows += [(row, lambda name, i=i: params["layers"][name][i]) for row in _layer_rows(config, i)]
+        rows += [(row, functools.partial(_layer_part, params["layers"], i)) for row in _layer_rows(config, i)]
     itemsize = np.dtype(dtype).itemsize
     shards: list[list[tuple[Row, Callable[[str], jax.Array]]]] = [[]]
     size = total = 0
@@ -182,7 +182,8 @@ def save_model(
             size = 0
         shards[-1].append((row, part))
         size, total = size + nbytes, total + nbytes
-    written, weight_map = [], {}
+    written: list[Path] = []
+    weight_map: dict[str, str] = {}
     for n, shard in enumerate(shards, start=1):
         path = folder / (WEIGHTS if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors")
         tensors = {row.name: _to_stored(row, part, np.dtype(dtype)) for row, part in shard}
@@ -291,6 +292,10 @@ def _read(file: Path, row: Row, shape: tuple[int, ...], offset: int, dtype: np.d
     return np.ascontiguousarray(
         part.astype(dtype).T.reshape(local) if row.in_axes else part.astype(dtype).reshape(local)
     )
+
+
+def _layer_part(layers: Params, i: int, name: str) -> jax.Array:
+    return layers[name][i]
 
 
 def _put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:

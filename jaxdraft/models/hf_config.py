@@ -139,16 +139,16 @@ def _theta(path: Path, raw: dict[str, Any]) -> float:
 
 def _scaling(path: Path, raw: dict[str, Any], rope: dict[str, Any]) -> Scaling:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    original = raw.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
     try:
         if kind == "default":
             return None
         if kind == "llama3":
-            original = rope["original_max_position_embeddings"]
-            return Llama3Scaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)
+            factors = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+            return Llama3Scaling(*factors, rope["original_max_position_embeddings"])
         if kind in ("longrope", "su"):
-            factors = tuple(rope["short_factor"]), tuple(rope["long_factor"])
-            return LongRope(*factors, original, rope.get("attention_factor"))
+            original = {**rope, **raw}["original_max_position_embeddings"]
+            short, long = (tuple(rope[name]) for name in ("short_factor", "long_factor"))
+            return LongRope(short, long, original, rope.get("attention_factor"))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: rope scaling {kind!r} lacks a value or holds a wrong one ({error})") from None
     raise ConfigError(f"{path}: rope scaling {kind!r} is not supported by this version of jaxdraft")

@@ -1,13 +1,20 @@
 """The drafts and targets of the two papers, by name. Parameters are counted with the head untied, as given."""
 
 import difflib
+from typing import Any
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.rope import Llama3Scaling
 
-_LLAMA2 = {"vocab_size": 32000, "max_positions": 4096, "bos_id": 1, "eos_ids": (2,), "tie_embeddings": False}
-_PHI3 = {
+_LLAMA2: dict[str, Any] = {
+    "vocab_size": 32000,
+    "max_positions": 4096,
+    "bos_id": 1,
+    "eos_ids": (2,),
+    "tie_embeddings": False,
+}
+_PHI3: dict[str, Any] = {
     "family": "phi3",
     "vocab_size": 32064,
     "max_positions": 4096,
@@ -15,7 +22,7 @@ _PHI3 = {
     "eos_ids": (32000, 32001, 32007),
     "tie_embeddings": False,
 }
-_LLAMA31 = {
+_LLAMA31: dict[str, Any] = {
     "vocab_size": 128256,
     "max_positions": 131072,
     "bos_id": 128000,
@@ -26,7 +33,9 @@ _LLAMA31 = {
 }
 
 
-def _shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, family: dict) -> ModelConfig:
+def _shape(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, family: dict[str, Any]
+) -> ModelConfig:
     return ModelConfig(
         num_layers=layers,
         hidden_size=hidden,

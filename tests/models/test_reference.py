@@ -1,4 +1,4 @@
-"""Every family against logits that transformers computed (tests/models/make_reference.py), and back through a folder."""
+"""Every family against logits that transformers computed (tests/models/make_reference.py), and through a folder."""
 
 import dataclasses
 import importlib.util
@@ -42,7 +42,7 @@ def test_logits_are_those_of_transformers(reference):
 
 
 def test_a_written_folder_is_the_same_model_in_both_dialects(reference, tmp_path):
-    folder, golden = reference
+    folder, _ = reference
     config, params = load_model(folder)
     save_model(tmp_path / "ours", config, params)
     ours, theirs = load_file(tmp_path / "ours" / "model.safetensors"), load_file(folder / "model.safetensors")

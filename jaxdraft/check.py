@@ -1,0 +1,296 @@
+"""``jaxdraft check``: would an engine take this draft for this target, and if not, what to do.
+
+Each rule looks at the two folders once and yields findings for the engines it matters to. The rules are those that
+transformers 4.44 and 5, vLLM, SGLang, OpenVINO GenAI and llama.cpp apply, or trip over, when they load a draft model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.models import ModelConfig
+from jaxdraft.models.hf import load_config, weight_files
+from jaxdraft.models.hf_config import read_json
+from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
+
+ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
+SERVERS = ("vllm", "sglang")
+_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of the attention kernels of vLLM and SGLang
+_LLAMACPP_VOCAB_SLACK = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE
+_K_QUANT_BLOCK = 256
+
+Verdict = Literal["ok", "warn", "fail", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one rule found for one engine.
+
+    Attributes:
+      engine: one of ``ENGINES``.
+      rule: in a few words.
+      verdict: ``"fail"`` would not work; ``"warn"`` works, with a limit; ``"skip"`` could not be looked at here.
+      found: what is there.
+      remedy: what to do about it.
+    """
+
+    engine: str
+    rule: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+class Pair:
+    """The two folders, read when first asked for.
+
+    Raises:
+      ConfigError: from any attribute whose file is missing or unreadable.
+    """
+
+    def __init__(self, target: Path, draft: Path):
+        self.folders = target, draft
+
+    @cached_property
+    def raw(self) -> list[dict[str, Any]]:
+        return [read_json(folder / "config.json") for folder in self.folders]
+
+    @cached_property
+    def configs(self) -> list[ModelConfig]:
+        return [load_config(folder) for folder in self.folders]
+
+    @cached_property
+    def tokenizers(self) -> list[Tokenizer]:
+        return [load_tokenizer(folder) for folder in self.folders]
+
+    @property
+    def draft(self) -> ModelConfig:
+        return self.configs[1]
+
+
+Result = tuple[Sequence[str], Verdict, str, str]  # engines, verdict, found, remedy
+
+
+def check_pair(target: Path, draft: Path, engines: Sequence[str] = ENGINES) -> list[Finding]:
+    """Every rule's finding for every engine asked for; a folder that cannot be read is a finding too.
+
+    Args:
+      target: Hugging Face folder of the model to be accelerated.
+      draft: Hugging Face folder of the draft.
+      engines: of ``ENGINES``.
+    """
+    pair, findings = Pair(target, draft), []
+    for name, rule in RULES.items():
+        try:
+            results = list(rule(pair))
+        except (ConfigError, OSError) as error:
+            results = [(ENGINES, "fail", str(error), "give two whole model folders")]
+        findings += [
+            Finding(engine, name, verdict, found, remedy)
+            for whose, verdict, found, remedy in results
+            for engine in whose
+            if engine in engines
+        ]
+    return sorted(findings, key=lambda finding: engines.index(finding.engine))
+
+
+def run_check(target: Path, draft: Path, engines: Sequence[str]) -> bool:
+    """Prints the table of findings and whether each engine would take the draft; returns whether all would."""
+    findings = check_pair(target, draft, engines)
+    width = max(len(finding.rule) for finding in findings)
+    for engine in engines:
+        print(engine)
+        own = [finding for finding in findings if finding.engine == engine]
+        for finding in own:
+            print(f"  {finding.verdict:<5} {finding.rule:<{width}}  {finding.found}")
+            if finding.verdict != "ok" and finding.remedy:
+                print(f"  {'':<5} {'':<{width}}  -> {finding.remedy}")
+        fails, warns = (sum(finding.verdict == kind for finding in own) for kind in ("fail", "warn"))
+        print(f"  {'would not work' if fails else 'works'}: {fails} failed, {warns} warnings\n")
+    return not any(finding.verdict == "fail" for finding in findings)
+
+
+def _vocabulary(pair: Pair) -> Iterator[Result]:
+    target, draft = (config.vocabulary for config in pair.configs)
+    found, remedy = f"target {target}, draft {draft}", "export the draft with the target's vocab_size"
+    yield ENGINES[:4], "ok" if target == draft else "fail", found, remedy
+    near = abs(target - draft) <= _LLAMACPP_VOCAB_SLACK
+    yield ("llama.cpp",), "ok" if target == draft else "warn" if near else "fail", found, remedy
+
+
+def _pieces(pair: Pair) -> Iterator[Result]:
+    found = differences(*pair.tokenizers)
+    remedy = "copy the target's tokenizer files into the draft's folder, and train it on them if it was not"
+    if not found:
+        yield ENGINES, "ok", f"{pair.tokenizers[0].vocab_size} pieces, BOS, EOS and add_bos are the same", ""
+    for difference in found:
+        yield ENGINES, "fail", difference, remedy
+
+
+def _tokenizer_files(pair: Pair) -> Iterator[Result]:
+    ours, theirs = ({f.name: f.read_bytes() for f in tokenizer_files(folder)} for folder in pair.folders)
+    changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if changed:
+        yield ENGINES, "warn", f"differ: {', '.join(changed)}", "copy the target's tokenizer files byte for byte"
+    else:
+        yield ENGINES, "ok", f"the target's, byte for byte: {', '.join(sorted(ours))}", ""
+
+
+def _special_ids(pair: Pair) -> Iterator[Result]:
+    target, draft = pair.configs
+    remedy = "export the draft with the target's bos_token_id and eos_token_id"
+    for name in ("bos_id", "eos_ids"):
+        ours, theirs = getattr(target, name), getattr(draft, name)
+        if ours == theirs:
+            yield ENGINES, "ok", f"config.json: {name} {ours}", ""
+            continue
+        found = f"config.json: {name} is {ours} in the target, {theirs} in the draft"
+        yield ENGINES[:4], "warn", found, remedy
+        yield ("llama.cpp",), "fail" if name == "bos_id" else "warn", found, remedy
+
+
+def _convertible(pair: Pair) -> Iterator[Result]:
+    for folder, raw in zip(pair.folders, pair.raw, strict=True):
+        if raw.get("model_type") != "phi3":
+            continue
+        there = (folder / "tokenizer.model").is_file()
+        found = f"{folder.name}: tokenizer.model is {'there' if there else 'missing'}, llama.cpp converts Phi-3 with it"
+        yield ("llama.cpp",), "ok" if there else "fail", found, "put the target's tokenizer.model into the folder"
+
+
+def _head_size(pair: Pair) -> Iterator[Result]:
+    size = pair.draft.head_size
+    found, remedy = f"head_dim {size}", "give the draft heads of 64 or 128 (ModelConfig.for_target does)"
+    yield SERVERS, "ok" if size in _HEAD_SIZES else "fail", found, remedy
+    yield ("llama.cpp",), "ok" if size % 32 == 0 else "warn", f"{found}: quantised caches need a multiple of 32", remedy
+
+
+def _k_quants(pair: Pair) -> Iterator[Result]:
+    draft = pair.draft
+    rows = {
+        "hidden_size": draft.hidden_size,
+        "intermediate_size": draft.intermediate_size,
+        "heads x head_dim": draft.num_heads * draft.head_size,
+    }
+    odd = [f"{name} {value}" for name, value in rows.items() if value % _K_QUANT_BLOCK]
+    if odd:
+        found = f"{', '.join(odd)}: K-quants need rows that {_K_QUANT_BLOCK} divides"
+        yield ("llama.cpp",), "warn", found, "convert to F16 or Q8_0, not to a K-quant such as Q4_K_M"
+    else:
+        yield ("llama.cpp",), "ok", "every row divides into K-quant blocks of 256", ""
+
+
+def _metadata(pair: Pair) -> Iterator[Result]:
+    for file in weight_files(pair.folders[1]):
+        with safe_open(file, framework="numpy") as opened:
+            tagged = (opened.metadata() or {}).get("format") == "pt"
+        found = f"{file.name}: metadata format is {'pt' if tagged else 'missing'}"
+        remedy = "transformers 4 cannot open it: write it again with `jaxdraft export`"
+        yield ("transformers",), "ok" if tagged else "fail", found, remedy
+
+
+def _rope_dialects(pair: Pair) -> Iterator[Result]:
+    for folder, raw in zip(pair.folders, pair.raw, strict=True):
+        new, old = raw.get("rope_parameters") or {}, raw
+        theta = new.get("rope_theta", old.get("rope_theta", 10000.0))
+        remedy = f"add rope_theta and rope_scaling to {folder.name}/config.json, as `jaxdraft export` writes them"
+        lost = [
+            what
+            for what, gone in {
+                f"rope_theta {theta:g}": "rope_theta" not in old and theta != 10000.0,
+                f"rope scaling {new.get('rope_type')}": new.get("rope_type", "default") != "default"
+                and not old.get("rope_scaling"),
+            }.items()
+            if gone
+        ]
+        readers = ("transformers", "vllm", "sglang", "llama.cpp")
+        if lost:
+            found = (
+                f"{folder.name}: {', '.join(lost)} only in rope_parameters, which transformers 4 does not read: 10000"
+            )
+            yield readers, "fail", found, remedy
+        else:
+            yield readers, "ok", f"{folder.name}: rope_theta {theta:g}, read alike by transformers 4 and 5", ""
+
+
+def _size(pair: Pair) -> Iterator[Result]:
+    target, draft = (config.num_parameters for config in pair.configs)
+    found = f"draft {draft:,} of {target:,} parameters ({draft / target:.1%})"
+    verdict: Verdict = "fail" if draft >= target else "warn" if draft > target / 4 else "ok"
+    remedy = "a draft as large as its target cannot speed it up: take at most a tenth (ModelConfig.for_target)"
+    yield ENGINES, verdict, found, remedy
+
+
+def _context(pair: Pair) -> Iterator[Result]:
+    target, draft = (config.max_positions for config in pair.configs)
+    found = f"max_position_embeddings: target {target}, draft {draft}"
+    yield ENGINES, "ok" if draft >= target else "warn", found, "the shorter of the two limits the whole"
+
+
+def _generation(pair: Pair) -> Iterator[Result]:
+    path = pair.folders[1] / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    wanted = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    off = [name for name, value in wanted.items() if settings.get(name) != value]
+    off += [] if "num_assistant_tokens" in settings else ["num_assistant_tokens"]
+    if off:
+        found = f"generation_config.json leaves {', '.join(off)} at transformers' defaults (20 tokens, 0.4)"
+        yield ("transformers",), "warn", found, "write it with `jaxdraft export --block-size`"
+    else:
+        yield ("transformers",), "ok", f"assisted generation proposes {settings['num_assistant_tokens']} tokens", ""
+
+
+def _code(pair: Pair) -> Iterator[Result]:
+    for folder, raw in zip(pair.folders, pair.raw, strict=True):
+        if "auto_map" in raw:
+            found = f"{folder.name}: config.json names code of its own (auto_map)"
+            yield ENGINES, "warn", found, "remove auto_map: the architecture is built into every engine"
+
+
+def _logits(pair: Pair) -> Iterator[Result]:
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        yield ("transformers",), "skip", "torch is not installed here: logits were not compared", ""
+        return
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxdraft.models import Decoder, head_weight, logits
+    from jaxdraft.models.hf import load_model
+
+    config, params = load_model(pair.folders[1])
+    tokens = np.arange(32)[None] * 37 % config.vocabulary
+    hidden = Decoder(config, dtype=jnp.float32).apply({"params": params}, tokens, np.arange(32)[None])
+    ours = np.asarray(logits(hidden, head_weight(config, params)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair.folders[1], dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    apart, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    verdict: Verdict = "ok" if apart <= 1e-4 * max(1.0, largest) else "fail"
+    found = f"transformers {transformers.__version__} and jaxdraft differ by at most {apart:.1e} of {largest:.1f}"
+    yield ("transformers",), verdict, found, "report it with the folder's config.json: the two must agree"
+
+
+RULES: dict[str, Callable[[Pair], Iterator[Result]]] = {
+    "vocabulary size": _vocabulary,
+    "tokenizer": _pieces,
+    "tokenizer files": _tokenizer_files,
+    "special ids": _special_ids,
+    "conversion": _convertible,
+    "head size": _head_size,
+    "K-quants": _k_quants,
+    "safetensors format": _metadata,
+    "rope dialects": _rope_dialects,
+    "size": _size,
+    "context": _context,
+    "assisted generation": _generation,
+    "own code": _code,
+    "logits": _logits,
+}

@@ -1,0 +1,89 @@
+"""``jaxdraft inspect``: what a model folder or a run directory holds, in a screenful."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.models.hf import load_config, weight_files
+from jaxdraft.models.hf_config import read_json
+from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
+
+
+def inspect(folder: Path) -> None:
+    """Prints what a Hugging Face folder or a run directory holds.
+
+    Raises:
+      ConfigError: it is neither, or what it holds cannot be read.
+    """
+    if (folder / "recipe.json").is_file():
+        lines = _run(folder)
+    elif (folder / "config.json").is_file():
+        lines = _model(folder)
+    else:
+        raise ConfigError(f"{folder} holds neither config.json (a model folder) nor recipe.json (a run directory)")
+    rows = list(lines)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _model(folder: Path) -> Iterator[tuple[str, str]]:
+    config = load_config(folder)
+    files, dtypes = weight_files(folder), set()
+    for file in files:
+        with safe_open(file, framework="numpy") as opened:
+            dtypes |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - not a dict
+    c = config
+    yield "family", c.family
+    yield "parameters", f"{c.num_parameters:,}"
+    yield "shape", f"{c.num_layers} layers, hidden {c.hidden_size}, intermediate {c.intermediate_size}"
+    yield "attention", f"{c.num_heads} heads of {c.head_size}, {c.num_kv_heads} for keys and values"
+    if c.sliding_window:
+        yield "sliding window", f"{c.sliding_window} tokens"
+    yield "vocabulary", f"{c.vocabulary:,} rows, head {'tied to' if c.tie_embeddings else 'apart from'} the embedding"
+    scaling = type(c.rope_scaling).__name__ if c.rope_scaling else "no scaling"
+    yield "rotary embedding", f"theta {c.rope_theta:g}, {scaling}, {c.max_positions:,} positions"
+    yield (
+        "weights",
+        f"{len(files)} file(s), {', '.join(sorted(dtypes))}, {_bytes(sum(f.stat().st_size for f in files))}",
+    )
+    cache = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_size
+    yield "cache", f"{_bytes(cache)} a token in bfloat16"
+    yield "BOS, EOS", f"{c.bos_id}, {', '.join(map(str, c.eos_ids)) or 'none'}"
+    if (folder / "generation_config.json").is_file():
+        yield "generation", json.dumps(read_json(folder / "generation_config.json"))
+    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in tokenizer_files(folder)):
+        yield "tokenizer", "none"
+        return
+    tokenizer = load_tokenizer(folder)
+    adds = "adds" if tokenizer.adds_bos else "does not add"
+    yield "tokenizer", f"{tokenizer.vocab_size:,} pieces, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}, {adds} BOS"
+    yield "tokenizer files", ", ".join(file.name for file in tokenizer_files(folder))
+
+
+def _run(folder: Path) -> Iterator[tuple[str, str]]:
+    recipe = read_json(folder / "recipe.json")
+    target = recipe["target"]
+    yield "recipe", recipe["title"]
+    yield "target", target if isinstance(target, str) else target["path"]
+    yield "seed", str(recipe["seed"])
+    for stage in recipe["stages"]:
+        place = folder / stage["name"]
+        if not (place / "stage.json").is_file():
+            yield stage["name"], f"{stage['kind']}, not run"
+            continue
+        record = read_json(place / "stage.json")
+        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        facts = [f"{name} {value}" for name, value in record.get("summary", {}).items() if not isinstance(value, dict)]
+        told = [record["kind"], record["status"], f"{record['seconds']:.1f} s", _bytes(size), *facts]
+        yield stage["name"], ", ".join(told)
+
+
+def _bytes(count: int) -> str:
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"

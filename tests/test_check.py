@@ -1,0 +1,200 @@
+"""Each thing that keeps an engine from taking a draft, planted in a clean pair of folders."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+import jax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxdraft.check import ENGINES, check_pair
+from jaxdraft.cli import main
+from jaxdraft.export import export_model, export_untrained
+from jaxdraft.models import ModelConfig, init_params
+from jaxdraft.models.hf import load_config, load_model
+from jaxdraft.tokenizers import train_sentencepiece
+
+SERVERS = {"vllm", "sglang"}
+TARGET = ModelConfig(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=4,
+    rope_theta=500000.0,
+    tie_embeddings=False,
+)
+DRAFT = dataclasses.replace(TARGET, num_layers=1, intermediate_size=256)
+
+
+def write(folder, config, tokenizer):
+    params = init_params(config, jax.random.key(0))
+    export_model(folder, config, params, tokenizer, provenance={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """Clean target, draft and Phi-3-shaped draft and target."""
+    root = tmp_path_factory.mktemp("check")
+    texts = [path.read_text("utf-8") for path in sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py"))]
+    train_sentencepiece(texts, root / "tokenizer", 512)
+    for name, config in {"target": TARGET, "draft": DRAFT}.items():
+        write(root / name, config, root / "tokenizer")
+        write(root / f"phi3-{name}", dataclasses.replace(config, family="phi3"), root / "tokenizer")
+    return root
+
+
+@pytest.fixture
+def pair(clean, tmp_path):
+    for name in ("target", "draft", "phi3-target", "phi3-draft"):
+        shutil.copytree(clean / name, tmp_path / name)
+    return tmp_path
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def problems(root, prefix=""):
+    """(engine, rule) -> verdict and text, of all that is not well."""
+    found: dict = {}
+    for f in check_pair(root / f"{prefix}target", root / f"{prefix}draft"):
+        if f.verdict in ("warn", "fail"):
+            before = found.get((f.engine, f.rule), ("", ""))[1]
+            found[f.engine, f.rule] = f.verdict, f"{before}{f.found}; "
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "phi3-"])
+def test_a_clean_pair_passes_for_every_engine(clean, prefix):
+    assert problems(clean, prefix) == {}
+    assert main(["check", "--target", str(clean / f"{prefix}target"), "--draft", str(clean / f"{prefix}draft")]) == 0
+
+
+def swap_pieces(draft):
+    def swap(data):
+        vocab = data["model"]["vocab"]
+        by_id = {i: piece for piece, i in vocab.items()}
+        vocab[by_id[400]], vocab[by_id[401]] = 401, 400
+
+    edit(draft / "tokenizer.json", swap)
+
+
+def drop_format(draft):
+    path = draft / "model.safetensors"
+    save_file(load_file(path), path)
+
+
+def drop_generation(draft):
+    (draft / "generation_config.json").unlink()
+
+
+def config_change(**values):
+    return lambda draft: edit(draft / "config.json", lambda data: data.update(values))
+
+
+def other_add_bos(draft):
+    edit(draft / "tokenizer.json", lambda data: data.update(post_processor=None))
+
+
+def other_bos(draft):
+    edit(draft / "tokenizer_config.json", lambda data: data.update(bos_token="</s>"))
+
+
+def only_new_dialect(draft):
+    edit(draft / "config.json", lambda data: data.pop("rope_theta"))
+
+
+@pytest.mark.parametrize(
+    "plant, rule, verdict, engines, words",
+    [
+        (swap_pieces, "tokenizer", "fail", set(ENGINES), "id 400 is .* 2 of 512 pieces differ"),
+        (other_bos, "tokenizer", "fail", set(ENGINES), "BOS is 1 in the target and 2 in the draft"),
+        (other_add_bos, "tokenizer", "fail", set(ENGINES), "add_bos is True in the target and False in the draft"),
+        (config_change(bos_token_id=5), "special ids", "fail", {"llama.cpp"}, "bos_id is 1 in the target, 5"),
+        (drop_format, "safetensors format", "fail", {"transformers"}, "metadata format is missing"),
+        (only_new_dialect, "rope dialects", "fail", set(ENGINES) - {"openvino"}, "rope_theta 500000 only in"),
+        (config_change(auto_map={"AutoModel": "x.Y"}), "own code", "warn", set(ENGINES), "auto_map"),
+        (
+            lambda d: (d / "generation_config.json").unlink(),
+            "assisted generation",
+            "warn",
+            {"transformers"},
+            "20 tokens",
+        ),
+        (lambda d: (d / "config.json").unlink(), "size", "fail", set(ENGINES), "does not exist"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_planted_is_named(pair, plant, rule, verdict, engines, words):
+    plant(pair / "draft")
+    found = problems(pair)
+    named = {engine for engine, of_rule in found if of_rule == rule and found[engine, of_rule][0] == verdict}
+    assert named == engines
+    for engine in engines:
+        assert re.search(words, found[engine, rule][1])
+    wrong = verdict == "fail"
+    assert main(["check", "--target", str(pair / "target"), "--draft", str(pair / "draft")]) == (2 if wrong else 0)
+
+
+@pytest.mark.parametrize(
+    "change, rule, verdict, engines, words",
+    [
+        ({"vocab_size": 520}, "vocabulary size", "fail", set(ENGINES[:4]), "target 512, draft 520"),
+        ({"vocab_size": 520}, "vocabulary size", "warn", {"llama.cpp"}, "target 512, draft 520"),
+        ({"head_dim": 48}, "head size", "fail", SERVERS, "head_dim 48"),
+        ({"intermediate_size": 1408}, "K-quants", "warn", {"llama.cpp"}, "intermediate_size 1408"),
+        ({"num_layers": 20}, "size", "fail", set(ENGINES), "draft .* of .* parameters"),
+        ({"max_positions": 512}, "context", "warn", set(ENGINES), "target 2048, draft 512"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_named(clean, tmp_path, change, rule, verdict, engines, words):
+    draft = write(tmp_path / "draft", dataclasses.replace(DRAFT, **change), clean / "tokenizer")
+    found = [f for f in check_pair(clean / "target", draft) if (f.rule, f.verdict) == (rule, verdict)]
+    assert {f.engine for f in found} == engines
+    assert all(re.search(words, f.found) and f.remedy for f in found)
+
+
+def test_phi3_without_its_sentencepiece_model_is_named(pair):
+    (pair / "phi3-draft" / "tokenizer.model").unlink()
+    verdict, found = problems(pair, "phi3-")["llama.cpp", "conversion"]
+    assert verdict == "fail"
+    assert "tokenizer.model is missing" in found
+
+
+def test_an_untrained_draft_is_a_whole_folder(clean, tmp_path):
+    export_untrained(clean / "target", "400K", tmp_path / "draft", dtype="bfloat16")
+    config = load_config(tmp_path / "draft")
+    assert config == dataclasses.replace(load_model(tmp_path / "draft")[0])
+    assert problems(Path(shutil.copytree(clean / "target", tmp_path / "target")).parent).keys() == {
+        ("llama.cpp", "K-quants")
+    }
+    assert main(["export", "--untrained", "--target", str(clean / "target"), "--out", str(tmp_path / "x")]) == 2
+    assert main(["export", "--untrained", "--out", str(tmp_path / "x")]) == 2
+    assert main(["export", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_inspect_tells_a_folder(clean, capsys, tmp_path):
+    assert main(["inspect", str(clean / "phi3-draft")]) == 0
+    out = capsys.readouterr().out
+    assert "phi3" in out
+    assert f"{dataclasses.replace(DRAFT, family='phi3').num_parameters:,}" in out
+    assert "512 pieces, BOS 1, EOS 2, adds BOS" in out
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "neither config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "llama2xs-hf", "babyllama-tok361-hf"])
+def test_real_folders_are_told_and_checked(shared_data, name, capsys):
+    folder = str(shared_data / "models" / name)
+    assert main(["inspect", folder]) == 0
+    assert main(["check", "--target", folder, "--draft", folder]) == 2
+    assert "draft as large as its target" in capsys.readouterr().out
