@@ -70,7 +70,7 @@ class _FastBackend:
 
 
 class _SentencePieceBackend:
-    """`tokenizer.model`, through `sentencepiece`; control pieces written in a text map to their ids."""
+    """`tokenizer.model`, through `sentencepiece`; control and added tokens spelled out in a text map to their ids."""
 
     def __init__(self, path: Path, config: dict[str, Any]):
         try:
@@ -78,34 +78,48 @@ class _SentencePieceBackend:
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
         self._add_bos = config.get("add_bos_token", True)
-        ids = range(self._model.get_piece_size())
-        self._control = {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
-        self._splitter = re.compile("(" + "|".join(map(re.escape, self._control)) + ")") if self._control else None
+        size = self._model.get_piece_size()
+        control = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
+        described = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+        added = _read_json(path.with_name("added_tokens.json")) | {t["content"]: i for i, t in described.items()}
+        self._spelled = control | added
+        self._contents = {i: content for content, i in self._spelled.items() if i >= size or content in control}
+        self._special = {i for i in self._contents if i < size or described.get(i, {}).get("special", True)}
+        # An added token may take the white space on a side with it.
+        strips = lambda token, side: r"\s*" if described.get(self._spelled[token], {}).get(side) else ""
+        patterns = [
+            strips(token, "lstrip") + re.escape(token) + strips(token, "rstrip")
+            for token in sorted(self._spelled, key=len, reverse=True)
+        ]
+        self._splitter = re.compile("(" + "|".join(patterns) + ")") if patterns else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in self._splitter.split(text) if self._splitter else [text]:
-            ids.extend([self._control[part]] if part in self._control else self._model.encode(part))
+        for i, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
+            ids.extend([self._spelled[part.strip()]] if i % 2 else self._model.encode(part))
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        if skip_special:
-            return self._model.decode(list(ids))
         parts: list[str] = []
         run: list[int] = []
         for token in ids:
-            if self._model.is_control(token):
-                parts += [self._model.decode(run), self._model.id_to_piece(token)]
-                run = []
-            else:
+            if token not in self._contents:
                 run.append(token)
+            elif token not in self._special or not skip_special:
+                parts += [self._model.decode(run), self._contents[token]]
+                run = []
         return "".join([*parts, self._model.decode(run)])
 
     def pieces(self) -> list[str]:
-        return [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
+        size = self._model.get_piece_size()
+        pieces = [self._model.id_to_piece(i) for i in range(size)]
+        pieces += [""] * (max(self._contents, default=-1) + 1 - size)
+        for i, content in self._contents.items():
+            pieces[i] = content
+        return pieces
 
     def adds_bos(self, bos_id: int | None) -> bool:
         return bos_id is not None and self._add_bos

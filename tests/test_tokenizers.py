@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.tokenizers import load_tokenizer, tokenizer_files, train_sentencepiece
+from jaxdraft.tokenizers import differences, load_tokenizer, tokenizer_files, train_sentencepiece
 
 GOLDEN = {"llama2": "llama-spm", "llama3": "llama-bpe", "phi3-mini": "phi-3"}
 AWKWARD = [
@@ -77,6 +77,31 @@ def test_sentencepiece_alone_equals_tokenizer_json(shared_data, tmp_path):
         assert alone.decode(ids) == both.decode(ids)
     assert alone.encode("a</s>b") == both.encode("a</s>b") == [1, 263, 2, 289]
     assert "</s>" in alone.decode([263, 2, 289], skip_special=False)
+
+
+def test_sentencepiece_with_added_tokens_equals_tokenizer_json(shared_data, tmp_path):
+    """Phi-3's tokenizer.model is Llama-2's; its own tokens stand in tokenizer_config.json."""
+    both = load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
+    (tmp_path / "tokenizer.model").write_bytes((shared_data / "tokenizers/llama2/tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes((both.folder / "tokenizer_config.json").read_bytes())
+    alone = load_tokenizer(tmp_path)
+    assert (alone.bos_id, alone.eos_id, alone.adds_bos) == (both.bos_id, both.eos_id, both.adds_bos)
+    assert [i for i, (a, b) in enumerate(zip(alone.pieces(), both.pieces(), strict=True)) if a != b] == []
+    for text, ids in golden(shared_data, "phi-3"):
+        assert alone.encode(text) == ids
+    chat = "<|user|>\nHow are you?<|end|>\n<|assistant|>"
+    assert alone.encode(chat) == both.encode(chat)
+    assert alone.decode(both.encode(chat)) == both.decode(both.encode(chat))
+    assert differences(both, alone) == []
+
+
+def test_differences_are_named_piece_by_piece(shared_data):
+    llama2, phi3 = (load_tokenizer(shared_data / "tokenizers" / name) for name in ("llama2", "phi3-mini"))
+    pieces, eos, add_bos = differences(llama2, phi3)
+    assert "id 32000 is None in the target and '<|endoftext|>' in the draft" in pieces
+    assert "11 of 32011 pieces differ" in pieces
+    assert eos == "EOS is 2 in the target and 32000 in the draft"
+    assert add_bos == "add_bos is True in the target and False in the draft"
 
 
 def test_ids_named_only_in_config_json(shared_data, tmp_path):
