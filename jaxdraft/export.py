@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdraft import __version__
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig, init_params
 from jaxdraft.models.decoder import Params
@@ -157,6 +158,7 @@ def _check_readable(folder: Path, config: ModelConfig, params: Params, dtype: st
 
 
 def _card(config, dtype, block_size, provenance, evaluations) -> str:
+    versions = f"jaxdraft {__version__}, jax {jax.__version__}"
     lines = [
         "---",
         "library_name: transformers",
@@ -169,7 +171,7 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in provenance.items()),
+        *(f"| {name} | {value} |" for name, value in {**provenance, "made with": versions}.items()),
         "",
         "## Use",
         "",

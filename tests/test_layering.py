@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "settings": set(),
     "overrides": {"losses"},
     "recipe": BELOW_STAGES | {"overrides"},
-    "export": BELOW_STAGES,
+    "export": BELOW_STAGES | {"__init__"},
     "check": BELOW_STAGES,
     "inspect": BELOW_STAGES,
     "stages": BELOW_STAGES | {"export", "recipe", "settings"},
