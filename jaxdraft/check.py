@@ -20,8 +20,8 @@ from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenize
 
 ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
 SERVERS = ("vllm", "sglang")
-_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of the attention kernels of vLLM and SGLang
-_LLAMACPP_VOCAB_SLACK = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE
+_HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)  # TritonAttentionBackend.get_supported_head_sizes of vLLM
+_LLAMACPP_VOCAB_SLACK = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE of its common/speculative.cpp
 _K_QUANT_BLOCK = 256
 
 Verdict = Literal["ok", "warn", "fail", "skip"]

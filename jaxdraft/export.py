@@ -183,10 +183,11 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         f'vllm serve TARGET --speculative-config \'{{"method": "draft_model", "model": "THIS_FOLDER", '
         f'"num_speculative_tokens": {block_size}}}\'',
         "python -m sglang.launch_server --model-path TARGET --speculative-algorithm STANDALONE "
-        f"--speculative-draft-model-path THIS_FOLDER --speculative-num-steps {block_size}",
+        f"--speculative-draft-model-path THIS_FOLDER --speculative-num-steps {block_size} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {block_size + 1}",
         "optimum-cli export openvino --model THIS_FOLDER DRAFT_OV  # the draft of the OpenVINO line above",
         "python convert_hf_to_gguf.py THIS_FOLDER --outfile draft.gguf  # llama.cpp, then:",
-        f"llama-server -m TARGET.gguf -md draft.gguf --draft-max {block_size}",
+        f"llama-server -m TARGET.gguf -md draft.gguf --spec-draft-n-max {block_size}  # older ones: --draft-max",
         "jaxdraft evaluate --target TARGET --draft THIS_FOLDER --prompts prompts.jsonl --out results",
         "```",
     ]
