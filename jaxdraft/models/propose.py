@@ -10,7 +10,7 @@ from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.rope import LongRope
 
 _LAYERS = range(1, 25)
-_HIDDEN = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)  # 1, 2, 4 heads, and multiples of 8
+_HIDDEN = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # 1, 2, 4 heads, and multiples of 8
 _CLOSE = 0.05  # of the number of parameters: within it, the better shape goes before the nearer number
 _WIDTH_PER_LAYER = 128  # of the papers' drafts: 256, 85, 64 and 85
 
@@ -29,23 +29,31 @@ def propose_draft(target: ModelConfig, parameters: int | None = None, *, tie_emb
       tie_embeddings: use the embedding table as head; both papers' drafts do not.
 
     Raises:
-      ConfigError: more parameters than the target has, or fewer than the smallest shape.
+      ConfigError: as many parameters as the target has, or fewer than the smallest shape, or more than the largest.
     """
     shapes = [
         _shape(target, layers, hidden, tie_embeddings)
         for layers, hidden in itertools.product(_LAYERS, _HIDDEN)
         if hidden <= max(target.hidden_size, _HIDDEN[0])
     ]
+    limit = target.num_parameters
     smallest = min(shape.num_parameters for shape in shapes)
-    if parameters is None:
-        parameters = max(target.num_parameters // 50, smallest)
-    if not smallest <= parameters * (1 + _CLOSE):
-        raise ConfigError(f"parameters is {parameters:,}: the smallest draft for this vocabulary has {smallest:,}")
-    if parameters >= target.num_parameters:
+    if smallest >= limit:
         raise ConfigError(
-            f"parameters is {parameters:,}, the target has {target.num_parameters:,}: a draft has to be smaller, by "
-            "far to be of use"
+            f"the target has {limit:,} parameters: the smallest draft for its vocabulary has {smallest:,}"
         )
+    shapes = [shape for shape in shapes if shape.num_parameters < limit]
+    largest = max(shape.num_parameters for shape in shapes)
+    if parameters is None:
+        parameters = min(max(limit // 50, smallest), largest)
+    if parameters >= limit:
+        raise ConfigError(
+            f"parameters is {parameters:,}, the target has {limit:,}: a draft has to be smaller, by far to be of use"
+        )
+    if smallest > parameters * (1 + _CLOSE):
+        raise ConfigError(f"parameters is {parameters:,}: the smallest draft for this vocabulary has {smallest:,}")
+    if parameters > largest * (1 + _CLOSE):
+        raise ConfigError(f"parameters is {parameters:,}: the largest draft for this target has {largest:,}")
 
     def miss(shape: ModelConfig) -> float:
         return abs(math.log(shape.num_parameters / parameters))

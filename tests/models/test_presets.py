@@ -58,8 +58,41 @@ def test_longrope_stays_with_its_own_head_size():
     assert ModelConfig.for_target(target, 50_000_000).rope_scaling is None
 
 
+SMALL = ModelConfig(128, 256, 2, 2, 2, 512, tie_embeddings=False)
+TINY = ModelConfig(32, 64, 2, 2, 2, 256)
+QWEN = ModelConfig(896, 4864, 24, 14, 2, 151936, family="qwen2", qkv_bias=True)
+
+
+@pytest.mark.parametrize(
+    "target, parameters",
+    [
+        (presets.llama2_7b, [10**7, 10**8, 10**9, 3 * 10**9]),
+        (presets.phi3_mini_4k, [10**7, 10**8, 10**9]),
+        (presets.llama31_8b, [3 * 10**7, 10**8, 10**9, 5 * 10**9]),
+        (dataclasses.replace(presets.llama31_8b, hidden_size=8192, num_layers=80, num_heads=64), [10**9, 8 * 10**9]),
+        (QWEN, [2 * 10**7, 10**8]),
+        (SMALL, [140_000, 300_000, 390_000]),
+    ],
+)
+def test_any_size_makes_the_same_sound_draft_twice(target, parameters):
+    for wanted in [None, *parameters]:
+        for tie in (False, True):
+            draft = ModelConfig.for_target(target, wanted, tie_embeddings=tie)
+            assert draft == ModelConfig.for_target(target, wanted, tie_embeddings=tie)
+            assert draft.num_parameters < target.num_parameters
+            assert draft.family == ("phi3" if target.family == "phi3" else "llama")
+            assert draft.hidden_size == draft.num_heads * draft.head_size
+            assert draft.intermediate_size % 256 == draft.num_heads % draft.num_kv_heads == 0
+            assert draft.num_kv_heads in (1, 2, 4, 8)
+            assert draft.tie_embeddings is tie
+
+
 def test_sizes_that_make_no_draft_are_refused():
     with pytest.raises(ConfigError, match="the smallest draft for this vocabulary has"):
         ModelConfig.for_target(presets.llama2_7b, 1000)
     with pytest.raises(ConfigError, match="a draft has to be smaller"):
         ModelConfig.for_target(presets.llama2_7b, 7_000_000_000)
+    with pytest.raises(ConfigError, match="the largest draft for this target has"):
+        ModelConfig.for_target(SMALL, SMALL.num_parameters - 1)
+    with pytest.raises(ConfigError, match=r"the target has .* the smallest draft for its vocabulary has"):
+        ModelConfig.for_target(TINY)
