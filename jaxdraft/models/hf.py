@@ -163,9 +163,10 @@ def save_model(
       The files written.
 
     Raises:
-      ConfigError: a weight is too large for ``dtype``: float16 ends at 65504.
+      ConfigError: a weight is too large for ``dtype`` (float16 ends at 65504), or no ``config.json`` tells the shape
+        to transformers 4 and 5 alike.
     """
-    folder = Path(folder)
+    folder, described = Path(folder), config_json(config, np.dtype(dtype).name)
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX]:
         old.unlink(missing_ok=True)
@@ -195,7 +196,7 @@ def save_model(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         written.append(folder / INDEX)
-    (folder / "config.json").write_text(json.dumps(config_json(config, np.dtype(dtype).name), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     return [folder / "config.json", *written]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
-from jaxdraft.models.rope import Llama3Scaling, LongRope, Scaling
+from jaxdraft.models.rope import Llama3Scaling, LongRope, Scaling, longrope_attention
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -148,7 +148,10 @@ def _scaling(path: Path, raw: dict[str, Any], rope: dict[str, Any]) -> Scaling:
         if kind in ("longrope", "su"):
             original = {**rope, **raw}["original_max_position_embeddings"]
             short, long = (tuple(rope[name]) for name in ("short_factor", "long_factor"))
-            return LongRope(short, long, original, rope.get("attention_factor"))
+            attention = rope.get("attention_factor")
+            if attention is None and rope.get("factor") is not None:
+                attention = longrope_attention(rope["factor"], original)
+            return LongRope(short, long, original, attention)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: rope scaling {kind!r} lacks a value or holds a wrong one ({error})") from None
     raise ConfigError(f"{path}: rope scaling {kind!r} is not supported by this version of jaxdraft")
@@ -168,10 +171,11 @@ def _scaling_json(config: ModelConfig) -> tuple[dict[str, Any] | None, dict[str,
             "original_max_position_embeddings": scaling.original_max_positions,
         }
         return both, both
+    if scaling.attention_factor is not None:
+        # transformers 5 lets rope_scaling replace rope_parameters, and 4.44 takes no fourth key in it.
+        raise ConfigError("a longrope with an attention_factor of its own has no config.json that both read alike")
     factors = {"short_factor": list(scaling.short_factor), "long_factor": list(scaling.long_factor)}
     new = {"rope_type": "longrope", **factors, "original_max_position_embeddings": scaling.original_max_positions}
-    if scaling.attention_factor is not None:
-        new["attention_factor"] = scaling.attention_factor
     # transformers 4.44 refuses a longrope of more than these three keys.
     return {"type": "longrope", **factors}, new
 

@@ -115,8 +115,12 @@ def _llama3(frequencies_F: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     return ((1 - share_F) * frequencies_F / scaling.factor + share_F * frequencies_F).astype(np.float32)
 
 
+def longrope_attention(longer: float, original_max_positions: int) -> float:
+    """sqrt(1 + ln(longer) / ln(original)): what LongRoPE multiplies cosine and sine by in a context so much longer."""
+    return math.sqrt(1 + math.log(longer) / math.log(original_max_positions)) if longer > 1 else 1.0
+
+
 def _attention_factor(scaling: LongRope, max_positions: int) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    longer = max_positions / scaling.original_max_positions
-    return math.sqrt(1 + math.log(longer) / math.log(scaling.original_max_positions)) if longer > 1 else 1.0
+    return longrope_attention(max_positions / scaling.original_max_positions, scaling.original_max_positions)

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig, for_decoding, init_params
-from jaxdraft.models.hf import INDEX, load_model, save_model
+from jaxdraft.models.hf import INDEX, load_config, load_model, save_model
 from jaxdraft.models.hub import model_folder
+from jaxdraft.models.rope import LongRope
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, tie_embeddings=False
@@ -157,3 +158,19 @@ def test_what_is_no_folder_and_no_repository_is_named(hub, tmp_path):
     shutil.rmtree(hub)
     with pytest.raises(ConfigError):
         model_folder("owner/tiny")
+
+
+def test_longrope_takes_its_factor_and_is_not_written_where_it_would_be_lost(tmp_path):
+    rope = LongRope((1.0, 1.1, 1.2, 1.3), (2.0, 3.0, 4.0, 5.0), 32)
+    config = dataclasses.replace(CONFIG, family="phi3", rope_scaling=rope, max_positions=1024)
+    save_model(tmp_path, config, init_params(config, jax.random.key(0)))
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    assert load_config(tmp_path).rope_scaling == rope
+    path.write_text(json.dumps(written | {"rope_parameters": written["rope_parameters"] | {"factor": 4.0}}))
+    read = load_config(tmp_path).rope_scaling
+    assert read.attention_factor == pytest.approx(
+        1.18322, abs=1e-5
+    )  # of transformers 5.23, where 1024 / 32 gives 1.414
+    with pytest.raises(ConfigError, match="attention_factor of its own"):
+        save_model(tmp_path / "again", dataclasses.replace(config, rope_scaling=read), load_model(tmp_path)[1])
