@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig
@@ -20,9 +20,11 @@ from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenize
 
 ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
 SERVERS = ("vllm", "sglang")
-_HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)  # TritonAttentionBackend.get_supported_head_sizes of vLLM
+# FlashAttentionBackend.get_supported_head_sizes of vLLM at commit 0084b783; newer backends may take more.
+_HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
 _LLAMACPP_VOCAB_SLACK = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE of its common/speculative.cpp
 _K_QUANT_BLOCK = 256
+_TENSOR_PARALLEL = (2, 4, 8)
 
 Verdict = Literal["ok", "warn", "fail", "skip"]
 
@@ -88,7 +90,7 @@ def check_pair(target: Path, draft: Path, engines: Sequence[str] = ENGINES) -> l
     for name, rule in RULES.items():
         try:
             results = list(rule(pair))
-        except (ConfigError, OSError) as error:
+        except (ConfigError, OSError, SafetensorError) as error:
             results = [(ENGINES, "fail", str(error), "give two whole model folders")]
         findings += [
             Finding(engine, name, verdict, found, remedy)
@@ -152,6 +154,13 @@ def _special_ids(pair: Pair) -> Iterator[Result]:
         found = f"config.json: {name} is {ours} in the target, {theirs} in the draft"
         yield ENGINES[:4], "warn", found, remedy
         yield ("llama.cpp",), "fail" if name == "bos_id" else "warn", found, remedy
+
+
+def _add_eos(pair: Pair) -> Iterator[Result]:
+    paths = [folder / "tokenizer_config.json" for folder in pair.folders]
+    target, draft = (bool(path.is_file() and read_json(path).get("add_eos_token")) for path in paths)
+    found, remedy = f"add_eos_token: target {target}, draft {draft}", "copy the target's tokenizer_config.json"
+    yield ("llama.cpp",), "ok" if target == draft else "fail", found, remedy
 
 
 def _convertible(pair: Pair) -> Iterator[Result]:
@@ -245,6 +254,31 @@ def _generation(pair: Pair) -> Iterator[Result]:
         yield ("transformers",), "ok", f"assisted generation proposes {settings['num_assistant_tokens']} tokens", ""
 
 
+def _parallel(pair: Pair) -> Iterator[Result]:
+    target, draft = pair.configs
+    lost = [str(n) for n in _TENSOR_PARALLEL if _splits(target, n) and not _splits(draft, n)]
+    if lost:
+        found = (
+            f"{draft.num_heads} heads, {draft.num_kv_heads} for keys and values: not over {' or '.join(lost)} devices"
+        )
+        yield ("vllm",), "warn", found, 'with a target split that far, set "draft_tensor_parallel_size": 1'
+    else:
+        yield ("vllm",), "ok", "heads split over as many devices as the target's", ""
+
+
+def _splits(config: ModelConfig, devices: int) -> bool:
+    """vLLM splits query heads evenly, and splits key and value heads evenly or repeats them evenly."""
+    keys = config.num_kv_heads
+    return config.num_heads % devices == 0 and (keys % devices == 0 or devices % keys == 0)
+
+
+def _pickles(pair: Pair) -> Iterator[Result]:
+    for folder in pair.folders:
+        if names := sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model")):
+            found = f"{folder.name}: {', '.join(names)} can run code when loaded"
+            yield ENGINES, "warn", found, "delete it: the weights are in the safetensors files"
+
+
 def _code(pair: Pair) -> Iterator[Result]:
     for folder, raw in zip(pair.folders, pair.raw, strict=True):
         if "auto_map" in raw:
@@ -283,6 +317,7 @@ RULES: dict[str, Callable[[Pair], Iterator[Result]]] = {
     "tokenizer": _pieces,
     "tokenizer files": _tokenizer_files,
     "special ids": _special_ids,
+    "add_eos": _add_eos,
     "conversion": _convertible,
     "head size": _head_size,
     "K-quants": _k_quants,
@@ -291,6 +326,8 @@ RULES: dict[str, Callable[[Pair], Iterator[Result]]] = {
     "size": _size,
     "context": _context,
     "assisted generation": _generation,
+    "tensor parallelism": _parallel,
+    "pickled weights": _pickles,
     "own code": _code,
     "logits": _logits,
 }

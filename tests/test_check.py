@@ -109,6 +109,19 @@ def other_bos(draft):
     edit(draft / "tokenizer_config.json", lambda data: data.update(bos_token="</s>"))
 
 
+def other_add_eos(draft):
+    edit(draft / "tokenizer_config.json", lambda data: data.update(add_eos_token=True))
+
+
+def truncated_weights(draft):
+    path = draft / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def pickled(draft):
+    (draft / "pytorch_model.bin").write_bytes(b"")
+
+
 def only_new_dialect(draft):
     edit(draft / "config.json", lambda data: data.pop("rope_theta"))
 
@@ -120,6 +133,9 @@ def only_new_dialect(draft):
         (other_bos, "tokenizer", "fail", set(ENGINES), "BOS is 1 in the target and 2 in the draft"),
         (other_add_bos, "tokenizer", "fail", set(ENGINES), "add_bos is True in the target and False in the draft"),
         (config_change(bos_token_id=5), "special ids", "fail", {"llama.cpp"}, "bos_id is 1 in the target, 5"),
+        (other_add_eos, "add_eos", "fail", {"llama.cpp"}, "target False, draft True"),
+        (truncated_weights, "safetensors format", "fail", set(ENGINES), "HeaderTooLarge|header|Metadata"),
+        (pickled, "pickled weights", "warn", set(ENGINES), "pytorch_model.bin can run code"),
         (drop_format, "safetensors format", "fail", {"transformers"}, "metadata format is missing"),
         (only_new_dialect, "rope dialects", "fail", set(ENGINES) - {"openvino"}, "rope_theta 500000 only in"),
         (config_change(auto_map={"AutoModel": "x.Y"}), "own code", "warn", set(ENGINES), "auto_map"),
@@ -153,6 +169,7 @@ def test_what_is_planted_is_named(pair, plant, rule, verdict, engines, words):
         ({"head_dim": 48}, "head size", "fail", SERVERS, "head_dim 48"),
         ({"intermediate_size": 1408}, "K-quants", "warn", {"llama.cpp"}, "intermediate_size 1408"),
         ({"num_layers": 20}, "size", "fail", set(ENGINES), "draft .* of .* parameters"),
+        ({"num_heads": 2, "num_kv_heads": 2, "head_dim": 64}, "tensor parallelism", "warn", {"vllm"}, "not over 4"),
         ({"max_positions": 512}, "context", "warn", set(ENGINES), "target 2048, draft 512"),
     ],
 )
@@ -175,7 +192,8 @@ def test_an_untrained_draft_is_a_whole_folder(clean, tmp_path):
     config = load_config(tmp_path / "draft")
     assert config == dataclasses.replace(load_model(tmp_path / "draft")[0])
     assert problems(Path(shutil.copytree(clean / "target", tmp_path / "target")).parent).keys() == {
-        ("llama.cpp", "K-quants")
+        ("llama.cpp", "K-quants"),
+        ("vllm", "tensor parallelism"),
     }
     assert main(["export", "--untrained", "--target", str(clean / "target"), "--out", str(tmp_path / "x")]) == 2
     assert main(["export", "--untrained", "--out", str(tmp_path / "x")]) == 2
