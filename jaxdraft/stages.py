@@ -26,7 +26,8 @@ from jaxdraft.models.hf import load_config, load_model, save_model, weight_files
 from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Stage, Train, TrainTokenizer
 from jaxdraft.settings import to_json
-from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files, train_sentencepiece
+from jaxdraft.tokenizer_training import train_sentencepiece
+from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files
 from jaxdraft.tracking import progress_bar, read_jsonl, write_jsonl
 from jaxdraft.train import train
 from jaxdraft.train.state import abstract_state, state_shardings

@@ -1,4 +1,4 @@
-"""One small interface over the tokenizers of Hugging Face folders, and the training of a SentencePiece one.
+"""One small interface over the tokenizers of Hugging Face folders.
 
 A folder is read through `tokenizer.json` (the `tokenizers` library) where there is one, else through `tokenizer.model`
 (`sentencepiece`). Nothing here needs transformers, except `Tokenizer.render`, which imports it when called.
@@ -6,11 +6,10 @@ A folder is read through `tokenizer.json` (the `tokenizers` library) where there
 
 import functools
 import hashlib
-import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,8 +29,7 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-_SENTENCE_CHARS = 1000  # training text is cut at line ends into sentences of about this many characters
+_SHOWN = 3  # differing pieces that are named
 
 
 class _Backend(Protocol):
@@ -78,45 +76,50 @@ class _SentencePieceBackend:
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
         self._add_bos = config.get("add_bos_token", True)
-        size = self._model.get_piece_size()
-        control = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
-        described = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-        added = _read_json(path.with_name("added_tokens.json")) | {t["content"]: i for i, t in described.items()}
-        self._spelled = control | added
-        self._contents = {i: content for content, i in self._spelled.items() if i >= size or content in control}
-        self._special = {i for i in self._contents if i < size or described.get(i, {}).get("special", True)}
-        # An added token may take the white space on a side with it.
-        strips = lambda token, side: r"\s*" if described.get(self._spelled[token], {}).get(side) else ""
-        patterns = [
-            strips(token, "lstrip") + re.escape(token) + strips(token, "rstrip")
-            for token in sorted(self._spelled, key=len, reverse=True)
-        ]
-        self._splitter = re.compile("(" + "|".join(patterns) + ")") if patterns else None
+        self._size = self._model.get_piece_size()
+        self._anchor = self._model.encode("a")
+        own = [i for i in range(self._size) if self._model.is_control(i) or self._model.is_unknown(i)]
+        tokens: dict[int, dict[str, Any]] = {i: {"content": self._model.id_to_piece(i), "special": True} for i in own}
+        tokens |= _added_tokens(path.parent, config)
+        self._contents = {i: token["content"] for i, token in tokens.items()}
+        named = _special_names(config) | _special_names(_read_json(path.with_name("special_tokens_map.json")))
+        self._special = {i for i, token in tokens.items() if token.get("special") or token["content"] in named}
+        self._longest_first = sorted(self._contents, key=lambda i: len(self._contents[i]), reverse=True)
+        self._splitter = re.compile("|".join(_spelled(tokens[i]) for i in self._longest_first) or r"(?!)")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
+        """Text after an added token gets SentencePiece's leading space again, as in published `tokenizer.json`s."""
         ids: list[int] = []
-        for i, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
-            ids.extend([self._spelled[part.strip()]] if i % 2 else self._model.encode(part))
-        return ids
+        start = 0
+        for match in self._splitter.finditer(text):
+            assert match.lastindex
+            ids += [*self._model.encode(text[start : match.start()]), self._longest_first[match.lastindex - 1]]
+            start = match.end()
+        return ids + self._model.encode(text[start:])
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         parts: list[str] = []
         run: list[int] = []
         for token in ids:
             if token not in self._contents:
-                run.append(token)
+                run += [token] if token < self._size else []
             elif token not in self._special or not skip_special:
-                parts += [self._model.decode(run), self._contents[token]]
+                parts += [self._decode_run(run, first=not parts), self._contents[token]]
                 run = []
-        return "".join([*parts, self._model.decode(run)])
+        return "".join([*parts, self._decode_run(run, first=not parts)])
+
+    def _decode_run(self, run: list[int], first: bool) -> str:
+        """The text of ordinary pieces; only where a text begins does SentencePiece's leading space go."""
+        if first or not run:
+            return str(self._model.decode(run))
+        return str(self._model.decode([*self._anchor, *run]))[len(self._model.decode(self._anchor)) :]
 
     def pieces(self) -> list[str]:
-        size = self._model.get_piece_size()
-        pieces = [self._model.id_to_piece(i) for i in range(size)]
-        pieces += [""] * (max(self._contents, default=-1) + 1 - size)
+        pieces = [self._model.id_to_piece(i) for i in range(self._size)]
+        pieces += [""] * (max(self._contents, default=-1) + 1 - self._size)
         for i, content in self._contents.items():
             pieces[i] = content
         return pieces
@@ -192,7 +195,7 @@ class Tokenizer:
         The template writes BOS itself where it wants one: encode the result with `bos=False`.
         Raises ConfigError where the folder has no chat template.
         """
-        in_file = any((self.folder / name).is_file() for name in _FILES if name.startswith("chat_template"))
+        in_file = (self.folder / "chat_template.jinja").is_file()
         if not in_file and "chat_template" not in _read_json(self.folder / "tokenizer_config.json"):
             raise ConfigError(
                 f"{self.folder}: no chat template (looked for chat_template.jinja and for chat_template in "
@@ -227,120 +230,32 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def differences(target: Tokenizer, draft: Tokenizer) -> list[str]:
     """In what two tokenizers differ, a sentence each: pieces one by one, BOS, EOS and whether BOS is added.
 
-    Empty means that the draft's ids mean what the target's do.
+    Empty means that the draft's ids mean what the target's do. The sentence on pieces, where there is one, is first.
     """
     found = []
-    ours, theirs = (
-        pieces + [None] * (max(target.vocab_size, draft.vocab_size) - len(pieces))
-        for pieces in (target.pieces(), draft.pieces())
-    )
-    if apart := [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]:
-        shown = ", ".join(f"id {i} is {ours[i]!r} in the target and {theirs[i]!r} in the draft" for i in apart[:2])
-        found.append(f"{shown}; {len(apart)} of {len(ours)} pieces differ")
-    for name, attribute in {"BOS": "bos_id", "EOS": "eos_id", "add_bos": "adds_bos"}.items():
-        a, b = getattr(target, attribute), getattr(draft, attribute)
-        if a != b:
-            found.append(f"{name} is {a} in the target and {b} in the draft")
+    pairs = list(itertools.zip_longest(target.pieces(), draft.pieces()))
+    if apart := [i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]:
+        shown = ", ".join(
+            f"id {i} is {_quoted(pairs[i][0])} in the target and {_quoted(pairs[i][1])} in the draft"
+            for i in apart[:_SHOWN]
+        )
+        sizes = f" (the target has {target.vocab_size}, the draft {draft.vocab_size})"
+        found.append(
+            f"{shown}; {len(apart)} of {len(pairs)} pieces differ"
+            + (sizes if target.vocab_size != draft.vocab_size else "")
+        )
+    for name, ours, theirs in (("BOS", target.bos_id, draft.bos_id), ("EOS", target.eos_id, draft.eos_id)):
+        if ours != theirs:
+            spelled = f"{_piece(target, ours)} and {_piece(draft, theirs)}"
+            found.append(f"{name} is {ours} in the target and {theirs} in the draft ({spelled})")
+    if target.adds_bos != draft.adds_bos:
+        found.append(f"add_bos is {target.adds_bos} in the target and {draft.adds_bos} in the draft")
     return found
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
     """The tokenizer's files in `folder`: what an export copies byte for byte."""
     return [path for name in _FILES if (path := Path(folder) / name).is_file()]
-
-
-def train_sentencepiece(
-    texts: Iterable[str],
-    folder: str | Path,
-    vocab_size: int,
-    *,
-    max_chars: int = 6_000_000,
-) -> None:
-    """Trains a BPE SentencePiece tokenizer with byte fallback and writes a folder transformers can load.
-
-    Spaces, newlines and indentation survive encode and decode exactly (identity normalisation, no dummy prefix). Ids:
-    unk 0, bos 1, eos 2, then bytes, merges and characters. The same texts give the same bytes. Writes tokenizer.model,
-    tokenizer.json (the same merges, the same ids), tokenizer_config.json and special_tokens_map.json.
-
-    Args:
-      max_chars: of a longer corpus, sentences are taken at a fixed stride that brings it down to about this many.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    sentences = [sentence for text in texts for sentence in _sentences(text)]
-    stride = max(1, -(-sum(map(len, sentences)) // max_chars))
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences[::stride]),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 20,
-            num_threads=1,  # the count is written into the model
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ConfigError(f"cannot train a tokenizer of vocab_size={vocab_size}: {error}") from error
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    _as_fast(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())).save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    _write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False, **special}
-    _write_json(folder / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
-
-
-def _as_fast(model: Any) -> tokenizers.Tokenizer:
-    """The same BPE as a `tokenizers` object: a merge's rank is the rank of the piece it makes."""
-    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    learned = {p: i for p, i in vocab.items() if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))}
-    ranked = sorted(learned, key=lambda piece: (-model.get_score(vocab[piece]), vocab[piece]))
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in ranked
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in learned and piece[cut:] in learned
-    ]
-    fast = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    fast.normalizer = tokenizers.normalizers.Replace(" ", _SPACE)
-    fast.decoder = tokenizers.decoders.Sequence(
-        [
-            tokenizers.decoders.Replace(_SPACE, " "),
-            tokenizers.decoders.ByteFallback(),
-            tokenizers.decoders.Fuse(),
-        ]
-    )
-    fast.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", vocab["<s>"])]
-    )
-    fast.add_special_tokens(
-        [tokenizers.AddedToken(p, special=True, normalized=False) for p in ("<unk>", "<s>", "</s>")]
-    )
-    return fast
-
-
-def _sentences(text: str) -> Iterator[str]:
-    sentence = ""
-    for line in text.splitlines(keepends=True):
-        if sentence and len(sentence) + len(line) > _SENTENCE_CHARS:
-            yield sentence
-            sentence = ""
-        sentence += line
-    if sentence:
-        yield sentence
 
 
 def _special_id(
@@ -359,6 +274,44 @@ def _special_id(
     return backend.special(name) if isinstance(backend, _SentencePieceBackend) else None
 
 
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """By id, what `added_tokens.json` and, before it, `tokenizer_config.json` say of tokens outside the model."""
+    try:
+        tokens: dict[int, dict[str, Any]] = {
+            int(i): {"content": content} for content, i in _read_json(folder / "added_tokens.json").items()
+        }
+        tokens |= {int(i): dict(token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        wrong = [i for i, token in tokens.items() if i < 0 or not isinstance(token["content"], str)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        where = "added_tokens.json or added_tokens_decoder in tokenizer_config.json"
+        raise ConfigError(f"{folder}: {where} is not understood ({error!r})") from error
+    if wrong:
+        raise ConfigError(f"{folder}: added token {wrong[0]} needs an id of at least 0 and its content as text")
+    return {i: token for i, token in tokens.items() if token["content"]}
+
+
+def _special_names(named: dict[str, Any]) -> set[str]:
+    """Contents of the tokens that a config names: "bos_token" and the like, "additional_special_tokens"."""
+    tokens = [token for key, token in named.items() if key.endswith("_token")]
+    tokens += named.get("additional_special_tokens") or []
+    contents = (token.get("content") if isinstance(token, dict) else token for token in tokens)
+    return {content for content in contents if isinstance(content, str)}
+
+
+def _spelled(token: dict[str, Any]) -> str:
+    """A pattern with one group, the content; an added token may take the white space on a side with it."""
+    before, after = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
+    return f"{before}({re.escape(token['content'])}){after}"
+
+
+def _piece(tokenizer: Tokenizer, index: int | None) -> str:
+    return _quoted(None if index is None else next(iter(tokenizer.pieces()[index : index + 1]), None))
+
+
+def _quoted(piece: str | None) -> str:
+    return "missing" if piece is None else repr(piece)
+
+
 def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -373,7 +326,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: not a JSON object")
     return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

@@ -16,7 +16,7 @@ from jaxdraft.cli import main
 from jaxdraft.export import export_model, export_untrained
 from jaxdraft.models import ModelConfig, init_params
 from jaxdraft.models.hf import load_config, load_model
-from jaxdraft.tokenizers import train_sentencepiece
+from jaxdraft.tokenizer_training import train_sentencepiece
 
 SERVERS = {"vllm", "sglang"}
 TARGET = ModelConfig(

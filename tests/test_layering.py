@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "distributed": set(),
     "sharding": {"distributed"},
     "tokenizers": set(),
+    "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed"},
     "checkpoint": {"distributed", "sharding"},
     "data": {"tokenizers"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "export": BELOW_STAGES | {"__init__"},
     "check": BELOW_STAGES,
     "inspect": BELOW_STAGES,
-    "stages": BELOW_STAGES | {"export", "recipe", "settings"},
+    "stages": BELOW_STAGES | {"export", "recipe", "settings", "tokenizer_training"},
     "run": BELOW_STAGES | {"__init__", "recipe", "settings", "stages"},
     "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "recipe", "run"},
 }

@@ -1,14 +1,19 @@
 import json
+import re
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 
+from jaxdraft.data.prompts import PromptFile
 from jaxdraft.errors import ConfigError
-from jaxdraft.tokenizers import differences, load_tokenizer, tokenizer_files, train_sentencepiece
+from jaxdraft.evaluate import command
+from jaxdraft.tokenizer_training import train_sentencepiece
+from jaxdraft.tokenizers import differences, load_tokenizer, tokenizer_files
 
 GOLDEN = {"llama2": "llama-spm", "llama3": "llama-bpe", "phi3-mini": "phi-3"}
 AWKWARD = [
@@ -90,18 +95,127 @@ def test_sentencepiece_with_added_tokens_equals_tokenizer_json(shared_data, tmp_
     for text, ids in golden(shared_data, "phi-3"):
         assert alone.encode(text) == ids
     chat = "<|user|>\nHow are you?<|end|>\n<|assistant|>"
-    assert alone.encode(chat) == both.encode(chat)
-    assert alone.decode(both.encode(chat)) == both.decode(both.encode(chat))
+    for text in (chat, " a<|end|> b", "a</s>b", "a</s>  b <unk>c", "<|end|>", "x<|endoftext|> y", "<s><s> <|user|>"):
+        ids = both.encode(text)
+        assert alone.encode(text) == ids
+        for skip_special in (True, False):
+            assert alone.decode(ids, skip_special) == both.decode(ids, skip_special)
+    assert alone.decode([263, 32050]) == both.decode([263, 32050]) == "a"
     assert differences(both, alone) == []
+
+
+def sentencepiece_folder(shared_data: Path, folder: Path, added: dict, **files: dict) -> Path:
+    """Llama-2's tokenizer.model with added tokens in tokenizer_config.json, and other files by their stems."""
+    (folder / "tokenizer.model").write_bytes((shared_data / "tokenizers/llama2/tokenizer.model").read_bytes())
+    for stem, content in {"tokenizer_config": {"added_tokens_decoder": added}, **files}.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_added_tokens_take_the_longest_and_leave_gaps(shared_data, tmp_path):
+    added = {
+        "32001": {"content": "<x>", "special": True},
+        "32003": {"content": "<x><y>", "lstrip": True, "special": False},
+        "32004": {"content": "\n\n", "special": False},
+    }
+    more = {"<z>": 32005, "<end>": 32006}
+    names = {"additional_special_tokens": ["<end>"]}
+    folder = sentencepiece_folder(shared_data, tmp_path, added, added_tokens=more, special_tokens_map=names)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pieces()[32000:] == ["", "<x>", "", "<x><y>", "\n\n", "<z>", "<end>"]
+    ids = tokenizer.encode("a \t<x><y><x>\n\n<z><end>", bos=False)
+    assert ids == [263, 32003, 32001, 32004, 32005, 32006]
+    assert tokenizer.decode(ids) == "a<x><y>\n\n<z>"
+    assert tokenizer.decode(ids, skip_special=False) == "a<x><y><x>\n\n<z><end>"
+    assert "".join(tokenizer.fragments(ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "added", [{"x": {"content": "<x>"}}, {"32000": "<x>"}, {"32000": {}}, {"-1": {"content": "a"}}]
+)
+def test_added_tokens_that_make_no_sense_are_refused(shared_data, tmp_path, added):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        load_tokenizer(sentencepiece_folder(shared_data, tmp_path, added))
 
 
 def test_differences_are_named_piece_by_piece(shared_data):
     llama2, phi3 = (load_tokenizer(shared_data / "tokenizers" / name) for name in ("llama2", "phi3-mini"))
     pieces, eos, add_bos = differences(llama2, phi3)
-    assert "id 32000 is None in the target and '<|endoftext|>' in the draft" in pieces
-    assert "11 of 32011 pieces differ" in pieces
-    assert eos == "EOS is 2 in the target and 32000 in the draft"
+    assert pieces == (
+        "id 32000 is missing in the target and '<|endoftext|>' in the draft, "
+        "id 32001 is missing in the target and '<|assistant|>' in the draft, "
+        "id 32002 is missing in the target and '<|placeholder1|>' in the draft; "
+        "11 of 32011 pieces differ (the target has 32000, the draft 32011)"
+    )
+    assert eos == "EOS is 2 in the target and 32000 in the draft ('</s>' and '<|endoftext|>')"
     assert add_bos == "add_bos is True in the target and False in the draft"
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    for path in tokenizer_files(folder):
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def edit(path: Path, change) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def swap_pieces(folder: Path) -> None:
+    pieces = load_tokenizer(folder).pieces()
+    swapped = {pieces[300]: 301, pieces[301]: 300}
+    edit(folder / "tokenizer.json", lambda data: data["model"]["vocab"].update(swapped))
+
+
+def other_bos(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", lambda data: data.update(bos_token="<unk>"))
+
+
+def other_eos(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", lambda data: data.update(eos_token="<unk>"))
+
+
+def no_add_bos(folder: Path) -> None:
+    edit(folder / "tokenizer.json", lambda data: data.update(post_processor=None))
+
+
+NOT_PIECES = [
+    (other_bos, "BOS is 1 in the target and 0 in the draft ('<s>' and '<unk>')"),
+    (other_eos, "EOS is 2 in the target and 0 in the draft ('</s>' and '<unk>')"),
+    (no_add_bos, "add_bos is True in the target and False in the draft"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", NOT_PIECES)
+def test_evaluation_warns_of_all_but_pieces(trained, tmp_path, monkeypatch, caplog, change, sentence):
+    monkeypatch.setattr(command, "load_config", lambda folder: SimpleNamespace(vocabulary=1024))
+    change(copy_of(trained, tmp_path))
+    assert sentence in differences(load_tokenizer(trained), load_tokenizer(tmp_path))
+    tokenizer = command._shared_tokenizer(trained, tmp_path)
+    assert (tokenizer.folder, tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (trained, 1, 2, True)
+    assert f"{sentence}; the target's tokenizer is used" in caplog.text
+
+
+def test_evaluation_refuses_two_swapped_pieces(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_config", lambda folder: SimpleNamespace(vocabulary=1024))
+    swap_pieces(copy_of(trained, tmp_path))
+    a, b = load_tokenizer(trained).pieces()[300:302]
+    [sentence] = differences(load_tokenizer(trained), load_tokenizer(tmp_path))
+    assert sentence == (
+        f"id 300 is {a!r} in the target and {b!r} in the draft, id 301 is {b!r} in the target and {a!r} in the draft; "
+        "2 of 1024 pieces differ"
+    )
+    with pytest.raises(ConfigError, match=f"{re.escape(sentence)}. A draft works only for a target with its own"):
+        command._shared_tokenizer(trained, tmp_path)
+
+
+def test_files_of_a_qwen2_folder(tmp_path):
+    names = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+    for name in [*names, "config.json", "model.safetensors"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in tokenizer_files(tmp_path)] == names
 
 
 def test_ids_named_only_in_config_json(shared_data, tmp_path):
@@ -154,16 +268,10 @@ def test_fragments_put_a_character_where_it_is_complete(trained):
     assert tokenizer.fragments([]) == []
 
 
-def test_fingerprint_sees_two_swapped_pieces(shared_data, tmp_path):
-    original = load_tokenizer(shared_data / "models" / "stories260K-hf")
-    data = json.loads((original.folder / "tokenizer.json").read_text())
-    vocab = data["model"]["vocab"]
-    first, second = (original.pieces()[i] for i in (300, 301))
-    vocab[first], vocab[second] = vocab[second], vocab[first]
-    for path in tokenizer_files(original.folder):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert load_tokenizer(tmp_path).fingerprint() == original.fingerprint()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+def test_fingerprint_sees_two_swapped_pieces(trained, tmp_path):
+    original = load_tokenizer(trained)
+    assert load_tokenizer(copy_of(trained, tmp_path)).fingerprint() == original.fingerprint()
+    swap_pieces(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint() != original.fingerprint()
 
 
@@ -204,6 +312,20 @@ def test_render_uses_the_chat_template(shared_data):
     assert text.rstrip().endswith("<|assistant|>")
     ids = tokenizer.encode(text, bos=False)
     assert [tokenizer.pieces()[i] for i in (ids[0], ids[-1])] == ["<|user|>", "<|assistant|>"]
+
+
+@pytest.mark.slow
+def test_a_template_in_its_own_file_writes_bos_once(trained, tmp_path):
+    (copy_of(trained, tmp_path) / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "Hello"}]
+    assert tokenizer.render(messages) == "<s>[user] Hello\n"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": messages}))
+    [prompt] = PromptFile(str(tmp_path / "prompts.jsonl")).prompts(tokenizer)
+    assert prompt.tokens == tuple(tokenizer.encode("[user] Hello\n"))
+    assert prompt.tokens.count(tokenizer.bos_id) == 1
 
 
 def test_a_continuation_keeps_its_first_space(shared_data):

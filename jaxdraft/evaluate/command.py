@@ -108,7 +108,13 @@ def sample(
 
 
 def _shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
-    """The target's tokenizer, once it is known that both are models of one vocabulary."""
+    """The target's tokenizer, once it is known that both are models of one vocabulary.
+
+    Another BOS, EOS or add_bos in the draft's folder is only warned of: the target's are used.
+
+    Raises:
+      ConfigError: the vocabularies differ in size, or the pieces do in anything.
+    """
     tokenizer = load_tokenizer(target)
     sizes = [load_config(folder).vocabulary for folder in (target, draft)]
     if sizes[0] != sizes[1]:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxdraft.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from jaxdraft.tokenizer_training import train_sentencepiece
+from jaxdraft.tokenizers import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from jaxdraft.evaluate import figures
 from jaxdraft.evaluate.collect import read_run
 from jaxdraft.evaluate.report import accepted_spans, write_report
 from jaxdraft.evaluate.verdict import summarise
-from jaxdraft.tokenizers import load_tokenizer, train_sentencepiece
+from jaxdraft.tokenizer_training import train_sentencepiece
+from jaxdraft.tokenizers import load_tokenizer
 
 DRAFTS = ("pretrain", "distill_kl", "distill_tvd", "distill_tvdpp")
 LOSSES = {"pretrain": "CrossEntropy", "distill_kl": "KL", "distill_tvd": "TVD", "distill_tvdpp": "TVDPlusPlus"}
