@@ -213,10 +213,10 @@ def _export(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _check(options: argparse.Namespace, command: list[str]) -> None:
-    from jaxdraft.check import run_check
+    from jaxdraft.check import ENGINES, run_check
     from jaxdraft.models.hub import model_folder
 
-    engines = _ENGINES if options.engine == "all" else (options.engine,)
+    engines = ENGINES if options.engine == "all" else (options.engine,)
     if not run_check(model_folder(options.target), model_folder(options.draft), engines):
         raise ConfigError("something would not work: see above")
 

@@ -2,13 +2,12 @@
 
 import ast
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from jaxdraft.errors import ConfigError
+from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.losses import Loss, resolve_loss
 
 
@@ -69,13 +68,6 @@ def apply(value: Any, hint: Any, changes: Sequence[Change]) -> Any:
     hints = typing.get_type_hints(type(value))
     children = {f.name: (getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)}
     return dataclasses.replace(value, **_changed(children, f"field of {type(value).__name__}", changes))
-
-
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
-    """``no stage 'distil'; did you mean 'distill'? There are: …``"""
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"no {kind} {name!r}; {hint}There are: {', '.join(known) or 'none'}"
 
 
 def _changed(children: dict[str, tuple[Any, Any]], kind: str, changes: Sequence[Change]) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jaxdraft.data.pipeline import rows_per_batch
-from jaxdraft.errors import ConfigError
+from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import Loss
 from jaxdraft.models import ModelConfig
-from jaxdraft.overrides import Change, apply, parse, unknown_name
+from jaxdraft.overrides import Change, apply, parse
 from jaxdraft.sharding import MeshShape
 from jaxdraft.train.state import OptimizerSettings
 

@@ -180,6 +180,13 @@ def test_a_shape_that_does_not_fit_is_named(clean, tmp_path, change, rule, verdi
     assert all(re.search(words, f.found) and f.remedy for f in found)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_engine_can_be_asked_alone(clean, capsys, engine):
+    pair = ["--target", str(clean / "target"), "--draft", str(clean / "draft")]
+    assert main(["check", *pair, "--engine", engine]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line in ENGINES] == [engine]
+
+
 def test_phi3_without_its_sentencepiece_model_is_named(pair):
     (pair / "phi3-draft" / "tokenizer.model").unlink()
     verdict, found = problems(pair, "phi3-")["llama.cpp", "conversion"]

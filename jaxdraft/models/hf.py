@@ -129,17 +129,17 @@ def load_model(
                 for name, read in parts(row, layer_shapes)
             }
         return config, params
-    params["layers"] = {}
-    for table_row in LAYER_TABLE[config.family]:
-        for n, name in enumerate(table_row.ours):
-            sharding = shardings["layers"][name]
-            put = jax.jit(_put_layer, donate_argnums=0, out_shardings=sharding)
-            of_layer = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-            stack = jnp.zeros(shapes["layers"][name], dtype, device=sharding)
-            for i in range(config.num_layers):
-                _, read = list(parts(_of_layer(table_row, i), layer_shapes))[n]
-                stack = put(stack, place(layer_shapes[name], of_layer, read), i)
-            params["layers"][name] = stack
+    stacks = {name: jnp.zeros(shapes["layers"][name], dtype, device=to) for name, to in shardings["layers"].items()}
+    put = {name: jax.jit(_put_layer, donate_argnums=0, out_shardings=to) for name, to in shardings["layers"].items()}
+    of_layer = {
+        name: to if mesh is None else NamedSharding(mesh, PartitionSpec(*to.spec[1:]))
+        for name, to in shardings["layers"].items()
+    }
+    for i in range(config.num_layers):
+        for row in _layer_rows(config, i):
+            for name, read in parts(row, layer_shapes):
+                stacks[name] = put[name](stacks[name], place(layer_shapes[name], of_layer[name], read), i)
+    params["layers"] = stacks
     return config, params
 
 
@@ -289,10 +289,8 @@ def _read(file: Path, row: Row, shape: tuple[int, ...], offset: int, dtype: np.d
                 (row.in_axes, math.prod(shape[row.in_axes + 1 :]), offset),
             )
         )
-        part = tensor[rows] if row.in_axes == 0 else tensor[rows, columns]
-    return np.ascontiguousarray(
-        part.astype(dtype).T.reshape(local) if row.in_axes else part.astype(dtype).reshape(local)
-    )
+        part = (tensor[rows] if row.in_axes == 0 else tensor[rows, columns]).astype(dtype)
+    return np.ascontiguousarray(part.T.reshape(local))
 
 
 def _layer_part(layers: Params, i: int, name: str) -> jax.Array:
@@ -322,11 +320,7 @@ def _outer_table(config: ModelConfig) -> tuple[Row, ...]:
 
 
 def _layer_rows(config: ModelConfig, layer: int) -> list[Row]:
-    return [_of_layer(row, layer) for row in LAYER_TABLE[config.family]]
-
-
-def _of_layer(row: Row, layer: int) -> Row:
-    return row._replace(name=f"model.layers.{layer}.{row.name}")
+    return [row._replace(name=f"model.layers.{layer}.{row.name}") for row in LAYER_TABLE[config.family]]
 
 
 def _stored_shape(row: Row, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

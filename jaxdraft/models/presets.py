@@ -1,9 +1,8 @@
 """The drafts and targets of the two papers, by name. Parameters are counted with the head untied, as given."""
 
-import difflib
 from typing import Any
 
-from jaxdraft.errors import ConfigError
+from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.rope import Llama3Scaling
 
@@ -62,15 +61,7 @@ fastdraft_llama31_150m = _shape(6, 512, 1792, 8, 8, _LLAMA31)
 llama2_7b = _shape(32, 4096, 11008, 32, 32, _LLAMA2)
 """6,738,415,616 parameters: Direct Alignment's target. Its table 1 prints a hidden size of 2048: a slip for 4096."""
 
-phi3_mini_4k = ModelConfig(
-    num_layers=32,
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_heads=32,
-    num_kv_heads=32,
-    sliding_window=2047,
-    **_PHI3,
-)
+phi3_mini_4k = _shape(32, 3072, 8192, 32, 32, _PHI3 | {"sliding_window": 2047})
 """3,821,079,552 parameters: FastDraft's first target, Phi-3-mini-4k-instruct."""
 
 llama31_8b = _shape(32, 4096, 14336, 32, 8, _LLAMA31)
@@ -86,7 +77,5 @@ def preset(name: str) -> ModelConfig:
       ConfigError: there is none; the nearest is suggested.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"no preset {name!r}; {hint}There are: {', '.join(PRESETS)}")
+        raise ConfigError(unknown_name("preset", name, list(PRESETS)))
     return PRESETS[name]
