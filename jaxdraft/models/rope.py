@@ -86,6 +86,7 @@ def rope_angles(
       max_positions: the model's context, which sets LongRoPE's attention factor.
       long_B: rows that use LongRoPE's long factors; ``None`` takes those with a position past the original context.
     """
+    # Rounded as in transformers: at position 100,000 another last bit moves logits by a hundredth.
     frequencies = 1.0 / theta ** (np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size))
     positions_BT11 = positions_BT[..., None, None].astype(jnp.float32)
     if isinstance(scaling, LongRope):
