@@ -137,7 +137,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
-    from jaxdraft.recipe import load_recipe
+    from jaxdraft.recipe_file import load_recipe
     from jaxdraft.run import plan_all, run
 
     recipe = load_recipe(options.recipe, options.set)

@@ -20,10 +20,11 @@ from typing import Any
 import jax
 
 from jaxdraft import __version__
+from jaxdraft.context import Context, sha256
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.recipe import Recipe, Stage, Train
 from jaxdraft.settings import to_json
-from jaxdraft.stages import EXECUTE, Context, external_inputs, sha256
+from jaxdraft.stages import EXECUTE, external_inputs
 
 SUPERSEDED = "superseded"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")

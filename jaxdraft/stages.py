@@ -2,17 +2,16 @@
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxdraft.checkpoint import Checkpoints
+from jaxdraft.context import Context
 from jaxdraft.data.pipeline import Batches, pack_concatenate, pack_whole
 from jaxdraft.data.prompts import Prompt, example_id
 from jaxdraft.data.records import MANIFEST, PackedRows, write_rows
@@ -20,91 +19,19 @@ from jaxdraft.decode import generate_batches
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
-from jaxdraft.export import MODEL, export_stage
+from jaxdraft.export import export_stage
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
-from jaxdraft.models.hf import load_config, load_model, save_model, weight_files
-from jaxdraft.models.hub import model_folder
-from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Stage, Train, TrainTokenizer
+from jaxdraft.models.hf import load_model, save_model
+from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Stage, Train, TrainTokenizer
 from jaxdraft.settings import to_json
 from jaxdraft.tokenizer_training import train_sentencepiece
-from jaxdraft.tokenizers import Tokenizer, load_tokenizer, tokenizer_files
+from jaxdraft.tokenizers import tokenizer_files
 from jaxdraft.tracking import progress_bar, read_jsonl, write_jsonl
 from jaxdraft.train import train
 from jaxdraft.train.state import abstract_state, state_shardings
 
 # Pinned: another number is another run.
 INIT_PURPOSE = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """A recipe in its run directory."""
-
-    recipe: Recipe
-    workdir: Path
-
-    def folder(self, stage: str) -> Path:
-        return self.workdir / stage
-
-    def model_folder(self, stage: str) -> Path:
-        """The Hugging Face folder that a Train stage leaves behind."""
-        return self.folder(stage) / MODEL
-
-    @cached_property
-    def target_folder(self) -> Path:
-        target = self.recipe.target
-        return model_folder(target.path, target.revision) if isinstance(target, HFModel) else self.model_folder(target)
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        return self.target_folder if self.recipe.tokenizer is None else self.folder(self.recipe.tokenizer)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer_folder)
-
-    @cached_property
-    def target_hash(self) -> str:
-        """Hash of the files that make the target's folder a model."""
-        names = [
-            path for name in ("config.json", "generation_config.json") if (path := self.target_folder / name).exists()
-        ]
-        return hashlib.sha256("".join(map(sha256, [*names, *weight_files(self.target_folder)])).encode()).hexdigest()
-
-    def draft_config(self) -> ModelConfig:
-        """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
-        if isinstance(self.recipe.target, HFModel):
-            target = load_config(self.target_folder)
-        else:
-            stage = self.recipe.stage(self.recipe.target)
-            assert isinstance(stage, Train)
-            target = self.trained_config(stage)
-        draft = self.recipe.draft
-        if draft.vocab_size not in (None, target.vocab_size):
-            raise ConfigError(
-                f"draft.vocab_size is {draft.vocab_size}, the target's {target.vocab_size}: leave the draft's out"
-            )
-        return dataclasses.replace(
-            draft,
-            vocab_size=target.vocab_size,
-            bos_id=target.bos_id,
-            eos_ids=target.eos_ids,
-            max_positions=target.max_positions,
-        )
-
-    def trained_config(self, stage: Train) -> ModelConfig:
-        """The full shape of what a Train stage trains."""
-        if stage.model is None:
-            return self.draft_config()
-        if stage.model.vocab_size is not None:
-            return stage.model
-        tokenizer = self.tokenizer
-        return dataclasses.replace(
-            stage.model,
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-        )
 
 
 Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
@@ -285,12 +212,6 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
         if stage.uses_tokenizer and context.recipe.tokenizer is None:
             found["tokenizer"] = context.tokenizer.fingerprint()
     return found
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fingerprints(value: Any, name: str) -> Iterator[tuple[str, str]]:

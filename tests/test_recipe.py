@@ -7,7 +7,8 @@ import pytest
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.losses import KL, TVDPlusPlus
-from jaxdraft.recipe import CONFIGS, HFModel, find_recipe, load_recipe
+from jaxdraft.recipe import HFModel
+from jaxdraft.recipe_file import CONFIGS, find_recipe, load_recipe
 from jaxdraft.settings import to_json
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))

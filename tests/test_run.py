@@ -19,7 +19,7 @@ from jaxdraft.cli import main
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import export_stage
 from jaxdraft.losses import TVDPlusPlus
-from jaxdraft.recipe import load_recipe
+from jaxdraft.recipe_file import load_recipe
 from jaxdraft.run import plan_all, run
 from jaxdraft.settings import to_json
 from jaxdraft.tokenizers import load_tokenizer

@@ -1,0 +1,91 @@
+"""A recipe in its run directory: where everything lies, and what the recipe leaves to its target."""
+
+import dataclasses
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.export import MODEL
+from jaxdraft.models import ModelConfig
+from jaxdraft.models.hf import load_config, weight_files
+from jaxdraft.models.hub import model_folder
+from jaxdraft.recipe import HFModel, Recipe, Train
+from jaxdraft.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A recipe in its run directory."""
+
+    recipe: Recipe
+    workdir: Path
+
+    def folder(self, stage: str) -> Path:
+        return self.workdir / stage
+
+    def model_folder(self, stage: str) -> Path:
+        """The Hugging Face folder that a Train stage leaves behind."""
+        return self.folder(stage) / MODEL
+
+    @cached_property
+    def target_folder(self) -> Path:
+        target = self.recipe.target
+        return model_folder(target.path, target.revision) if isinstance(target, HFModel) else self.model_folder(target)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.target_folder if self.recipe.tokenizer is None else self.folder(self.recipe.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_folder)
+
+    @cached_property
+    def target_hash(self) -> str:
+        """Hash of the files that make the target's folder a model."""
+        names = [
+            path for name in ("config.json", "generation_config.json") if (path := self.target_folder / name).exists()
+        ]
+        return hashlib.sha256("".join(map(sha256, [*names, *weight_files(self.target_folder)])).encode()).hexdigest()
+
+    def draft_config(self) -> ModelConfig:
+        """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
+        if isinstance(self.recipe.target, HFModel):
+            target = load_config(self.target_folder)
+        else:
+            stage = self.recipe.stage(self.recipe.target)
+            assert isinstance(stage, Train)
+            target = self.trained_config(stage)
+        draft = self.recipe.draft
+        if draft.vocab_size not in (None, target.vocab_size):
+            raise ConfigError(
+                f"draft.vocab_size is {draft.vocab_size}, the target's {target.vocab_size}: leave the draft's out"
+            )
+        return dataclasses.replace(
+            draft,
+            vocab_size=target.vocab_size,
+            bos_id=target.bos_id,
+            eos_ids=target.eos_ids,
+            max_positions=target.max_positions,
+        )
+
+    def trained_config(self, stage: Train) -> ModelConfig:
+        """The full shape of what a Train stage trains."""
+        if stage.model is None:
+            return self.draft_config()
+        if stage.model.vocab_size is not None:
+            return stage.model
+        tokenizer = self.tokenizer
+        return dataclasses.replace(
+            stage.model,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
