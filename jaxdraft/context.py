@@ -49,6 +49,15 @@ class Context:
         ]
         return hashlib.sha256("".join(map(sha256, [*names, *weight_files(self.target_folder)])).encode()).hexdigest()
 
+    @property
+    def target_shape(self) -> ModelConfig:
+        """The target's shape; of one that a stage is yet to train, perhaps without vocabulary."""
+        if isinstance(self.recipe.target, HFModel):
+            return load_config(self.target_folder)
+        stage = self.recipe.stage(self.recipe.target)
+        assert isinstance(stage, Train)
+        return stage.model or self.recipe.draft
+
     def draft_config(self) -> ModelConfig:
         """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
         if isinstance(self.recipe.target, HFModel):

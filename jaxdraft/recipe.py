@@ -13,6 +13,9 @@ from jaxdraft.sharding import MeshShape
 from jaxdraft.train.state import OptimizerSettings
 
 RESERVED = ("report", "superseded")
+FROM_TARGET = ("subclone", "target-embedding")
+"""Starts of a draft that are taken from the target's weights: ``jaxdraft.models.subclone``."""
+INITS = ("random", *FROM_TARGET)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Train(OptimizerSettings, Stage):
       data: a stage with rows, or shares of several: ``{"responses": .9, "text": .1}`` holds in every batch.
       loss: what is minimised; one that needs a target gets the recipe's.
       batch_size: rows per update.
-      init: ``"random"``, or the Train stage whose model is the start.
+      init: ``"random"``; ``"subclone"``, weights cut out of the target's, or ``"target-embedding"``, only its tables
+        (``jaxdraft.models.subclone``); or the Train stage whose model is the start.
       model: the shape; ``None`` is the recipe's draft.
       accumulate: micro-batches per update.
       remat: recompute activations in the backward pass.
@@ -111,11 +115,11 @@ class Train(OptimizerSettings, Stage):
 
     @property
     def uses_target(self) -> bool:  # type: ignore[override]
-        return self.loss.needs_target
+        return self.loss.needs_target or self.init in FROM_TARGET
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (*self.shares, *(() if self.init == "random" else (self.init,)))
+        return (*self.shares, *(() if self.init in INITS else (self.init,)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,8 +253,9 @@ class Recipe:
             raise ConfigError(f"seed is {self.seed}: it must lie in 0..2³¹-1")
         earlier: dict[str, Stage] = {}
         for stage in self.stages:
-            if not stage.name.replace("-", "_").isidentifier() or stage.name in RESERVED:
-                raise ConfigError(f"stage name {stage.name!r}: use letters, digits, - and _, and none of {RESERVED}")
+            if not stage.name.replace("-", "_").isidentifier() or stage.name in (*RESERVED, *INITS):
+                taken = ", ".join((*RESERVED, *INITS))
+                raise ConfigError(f"stage name {stage.name!r}: use letters, digits, - and _, and none of {taken}")
             if stage.name in earlier:
                 raise ConfigError(f"two stages are called {stage.name!r}")
             self._check_reads(stage, earlier)
@@ -288,8 +293,8 @@ class Recipe:
         for field, kinds in READS.get(type(stage), {}).items():
             value = getattr(stage, field)
             for name in (value,) if isinstance(value, str) else tuple(value or ()):
-                if not (field == "init" and name == "random"):
-                    self._check_reference(f"{stage.name}.{field}", name, earlier, kinds)
+                others = INITS if field == "init" else ()
+                self._check_reference(f"{stage.name}.{field}", name, earlier, kinds, others)
         for name in self.needs(stage):
             if name not in earlier:
                 raise ConfigError(f"stage {stage.name!r} reads {name!r}, which no earlier stage makes")
@@ -306,8 +311,14 @@ class Recipe:
             raise ConfigError(f"{stage.name}: rows of different lengths cannot be mixed: {lengths}")
 
     @staticmethod
-    def _check_reference(what: str, name: str, stages: Mapping[str, Stage], kinds: tuple[type[Stage], ...]) -> None:
-        fitting = [n for n, stage in stages.items() if isinstance(stage, kinds)]
+    def _check_reference(
+        what: str,
+        name: str,
+        stages: Mapping[str, Stage],
+        kinds: tuple[type[Stage], ...],
+        others: tuple[str, ...] = (),
+    ) -> None:
+        fitting = [*others, *(n for n, stage in stages.items() if isinstance(stage, kinds))]
         if name not in fitting:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ConfigError(f"{what}: " + unknown_name(f"earlier {wanted} stage", name, fitting))

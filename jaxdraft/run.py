@@ -22,7 +22,8 @@ import jax
 from jaxdraft import __version__
 from jaxdraft.context import Context, sha256
 from jaxdraft.errors import ConfigError, Interrupted
-from jaxdraft.recipe import Recipe, Stage, Train
+from jaxdraft.models.subclone import SIZES, check_sizes
+from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, external_inputs
 
@@ -73,6 +74,7 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
     context = Context(recipe, workdir)
     with _locked(workdir), _interruptible():
         _check_mesh(recipe)
+        _check_starts(context)
         if not _holds(workdir / "recipe.json", _recipe_json(recipe)):
             _write_json(workdir / "recipe.json", _recipe_json(recipe))
         ran, made = False, dict[str, str]()
@@ -268,6 +270,17 @@ def _check_mesh(recipe: Recipe) -> None:
                 f"{stage.name}: {rows} rows per step do not divide over {ways} devices: set {stage.name}.batch_size to "
                 "a multiple, or let fewer devices be seen"
             )
+
+
+def _check_starts(context: Context) -> None:
+    """A draft that is to be cut out of its target has to fit into it."""
+    for stage in context.recipe.stages:
+        if isinstance(stage, Train) and stage.init in FROM_TARGET:
+            sizes = SIZES if stage.init == "subclone" else ("hidden_size",)
+            try:
+                check_sizes(context.target_shape, stage.model or context.recipe.draft, sizes)
+            except ConfigError as error:
+                raise ConfigError(f"{stage.name}: init={stage.init!r}: {error}") from None
 
 
 def _holds(path: Path, value: Any) -> bool:

@@ -4,11 +4,13 @@ import collections
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxdraft.checkpoint import Checkpoints
 from jaxdraft.context import Context
@@ -21,8 +23,10 @@ from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
+from jaxdraft.models.decoder import Params
 from jaxdraft.models.hf import load_model, save_model
-from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Stage, Train, TrainTokenizer
+from jaxdraft.models.subclone import project_embedding, subclone
+from jaxdraft.recipe import INITS, Evaluate, Export, Generate, HFModel, Prepare, Stage, Train, TrainTokenizer
 from jaxdraft.settings import to_json
 from jaxdraft.tokenizer_training import train_sentencepiece
 from jaxdraft.tokenizers import tokenizer_files
@@ -32,6 +36,7 @@ from jaxdraft.train.state import abstract_state, state_shardings
 
 # Pinned: another number is another run.
 INIT_PURPOSE = 1
+CALIBRATION_ROWS = 16
 
 
 Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
@@ -52,17 +57,6 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
 def run_train(stage: Train, context: Context) -> Outputs:
     folder, recipe = context.folder(stage.name), context.recipe
     config, mesh = context.trained_config(stage), recipe.mesh.build()
-    if stage.init == "random":
-        key = jax.random.fold_in(jax.random.key(recipe.seed), INIT_PURPOSE)
-        params = init_params(config, key)
-    else:
-        started, params = load_model(context.model_folder(stage.init), mesh=mesh)
-        if _shape(started) != _shape(config):
-            raise ConfigError(f"{stage.name}: init={stage.init!r} is a model of another shape than is trained here")
-    target = target_params = None
-    if stage.loss.needs_target:
-        target_config, target_params = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype())
-        target = Decoder(target_config, remat=False)
     rows = {name: PackedRows(context.folder(name)) for name in stage.shares}
     for packed in rows.values():
         if packed.manifest["tokenizer"] != context.tokenizer.fingerprint():
@@ -77,16 +71,19 @@ def run_train(stage: Train, context: Context) -> Outputs:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    target = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype()) if stage.uses_target else None
+    start = _start(stage, context, config, target, rows)
+    teacher = target if stage.loss.needs_target else None
     params = train(
         folder,
         draft=Decoder(config, remat=stage.remat),
-        params=params,
+        params=start,
         loss=stage.loss,
         batches=batches,
         optimizer=stage,
         mesh=mesh,
-        target=target,
-        target_params=target_params,
+        target=Decoder(teacher[0]) if teacher else None,
+        target_params=teacher[1] if teacher else None,
         accumulate=stage.accumulate,
         save_every=stage.save_every,
         keep_every=stage.keep_every,
@@ -103,6 +100,29 @@ def run_train(stage: Train, context: Context) -> Outputs:
         "loss": steps[-1]["loss"],
         "shape": to_json(config),
     }
+
+
+def _start(
+    stage: Train,
+    context: Context,
+    config: ModelConfig,
+    target: tuple[ModelConfig, Params] | None,
+    rows: Mapping[str, PackedRows],
+) -> Params:
+    """The parameters that training begins with."""
+    if stage.init not in INITS:
+        started, params = load_model(context.model_folder(stage.init), mesh=context.recipe.mesh.build())
+        if _shape(started) != _shape(config):
+            raise ConfigError(f"{stage.name}: init={stage.init!r} is a model of another shape than is trained here")
+        return params
+    if target and stage.init == "subclone":
+        first = next(iter(rows.values()))  # the same rows on every process
+        calibration = [first[i]["tokens"] for i in range(min(CALIBRATION_ROWS, len(first)))]
+        return subclone(*target, config, jnp.asarray(np.stack(calibration), jnp.int32))
+    params = init_params(config, jax.random.fold_in(jax.random.key(context.recipe.seed), INIT_PURPOSE))
+    if target and stage.init == "target-embedding":
+        return project_embedding(*target, config, params)
+    return params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,8 @@ def test_arguments_fields_and_nested_values_can_be_set():
         ("distill.data.corpuss=1", "did you mean 'corpus'"),
         ("distill.loss=TVDPlus", "did you mean 'TVDPlusPlus'"),
         ("distill.init=pretrian", "did you mean 'pretrain'"),
+        ("distill.init=subclon", "did you mean 'subclone'"),
+        ("target.init=subclone", "stage 'target' reads 'target', which no earlier stage makes"),
         ("evaluate.drafts=pretrain,distil", "did you mean 'distill'"),
         ("export.draft=corpus", "no earlier Train stage 'corpus'"),
         ("distill.steps=many", "cannot read 'many' as int"),

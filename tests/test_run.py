@@ -11,17 +11,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from jaxdraft.cli import main
+from jaxdraft.data.records import PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import export_stage
 from jaxdraft.losses import TVDPlusPlus
+from jaxdraft.models.hf import load_model
+from jaxdraft.models.subclone import project_embedding, subclone
 from jaxdraft.recipe_file import load_recipe
 from jaxdraft.run import plan_all, run
 from jaxdraft.settings import to_json
+from jaxdraft.stages import CALIBRATION_ROWS
 from jaxdraft.tokenizers import load_tokenizer
 from jaxdraft.tracking import read_jsonl, write_jsonl
 
@@ -139,6 +144,29 @@ def test_another_seed_or_shape_changes_what_depends_on_it(tiny_run):
     assert states(tiny_run, "draft.hidden_size=32")["pretrain"] == "changed"
     assert states(tiny_run, "draft.hidden_size=32")["target"] == "done"
     assert states(tiny_run, "seed=1")["tokenizer"] == "changed"
+
+
+@pytest.mark.parametrize("init", ["subclone", "target-embedding"])
+def test_a_draft_can_start_from_the_targets_weights(copy, init):
+    # At this rate no step moves a weight by more than 1e-9.
+    still = ["pretrain.learning_rate=1e-12", "pretrain.steps=2", f"pretrain.init={init}"]
+    run(load_recipe(TINY, still), copy, only=["pretrain"])
+    assert "target" in json.loads((copy / "pretrain" / "stage.json").read_text())["inputs"]
+    config, params = load_model(copy / "pretrain" / "model")
+    target, target_params = load_model(copy / "target" / "model")
+    if init == "subclone":
+        corpus = PackedRows(copy / "corpus")
+        rows = np.stack([corpus[i]["tokens"] for i in range(CALIBRATION_ROWS)]).astype(np.int32)
+        expected = subclone(target, target_params, config, rows)
+    else:
+        expected = project_embedding(target, target_params, config, params)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-9), params, dict(expected))
+
+
+def test_a_draft_that_does_not_fit_into_its_target_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match="pretrain: init='subclone': num_layers is 3, larger than the target's 2"):
+        run(load_recipe(TINY, ["pretrain.init=subclone", "draft.num_layers=3"]), tmp_path / "new")
+    assert not (tmp_path / "new" / "tokenizer").exists()
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(copy, capsys):

@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         long_B = long_B if cache is None else cache.long_B
         cos, sin = rope_angles(positions_BT, c.head_size, c.rope_theta, c.rope_scaling, c.max_positions, long_B)
         if cache is None:
-            mask_BTS = _causal_mask(tokens_BT.shape, segment_ids_BT, c.sliding_window)
+            mask_BTS = causal_mask(tokens_BT.shape, segment_ids_BT, c.sliding_window)
         else:
             mask_BTS = _seen(positions_BT[:, :, None], jnp.arange(slots(cache)), c.sliding_window)
 
@@ -206,7 +206,8 @@ def _matrix_init(config: ModelConfig, name: str):
     return nn.initializers.normal(scale)
 
 
-def _causal_mask(shape: tuple[int, ...], segment_ids_BT: jax.Array | None, window: int | None) -> jax.Array:
+def causal_mask(shape: tuple[int, ...], segment_ids_BT: jax.Array | None, window: int | None) -> jax.Array:
+    """``[B, T, T]``: whether a query sees a key of its row: not after it, in its segment, and within the window."""
     order_T = jnp.arange(shape[1])
     seen_1TT = _seen(order_T[:, None], order_T, window)[None]
     if segment_ids_BT is None:
