@@ -19,7 +19,7 @@ from jaxdraft.decode.batching import PromptBatch, prompt_batches
 from jaxdraft.decode.sampling import SAMPLE, Sampling, draw, is_any, position_keys, probabilities, row_keys
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, init_cache
-from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits
+from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
 
 _PREFILL_CHUNK = 128
 
@@ -177,6 +177,7 @@ def _decode(decoder, params, state, *, eos_E, sampling, keys_B):
             next_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         else:
             next_B = draw(position_keys(keys_B, state.length_B), probabilities(logits_BV, sampling))
+        next_B = token_ids(decoder.config, next_B)
         length_B = state.length_B + live_B
         return _State(
             tokens_BS=state.tokens_BS.at[rows_B, jnp.where(live_B, state.length_B, nowhere)].set(next_B, mode="drop"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdraft.models.cache import init_cache
-from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits
+from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
 
 _STEPS = 16
 
@@ -48,6 +48,7 @@ def _steps(decoder, params, tokens_BT, cache, context):
     def step(_, carry):
         tokens_BT, cache = carry
         hidden_BTD, cache = decoder.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
-        return jnp.argmax(logits(hidden_BTD, head_DV), axis=-1).astype(jnp.int32), cache
+        best_BT = jnp.argmax(logits(hidden_BTD, head_DV), axis=-1).astype(jnp.int32)
+        return token_ids(decoder.config, best_BT), cache
 
     return jax.lax.fori_loop(0, _STEPS, step, (tokens_BT, cache))

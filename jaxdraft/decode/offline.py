@@ -19,7 +19,7 @@ from jaxdraft.decode.batching import per_prompt
 from jaxdraft.decode.sampling import Sampling, probabilities
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import long_rows
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
 
 _CHUNK = 16
 _LENGTH_STEP = 64
@@ -127,9 +127,9 @@ def _teacher_forced(
         q_BCV, p_BCV = logits(target_BCD, target_head_DV), logits(draft_BCD, draft_head_DV)
         nan_BC = jnp.where(jnp.isfinite(jnp.max(q_BCV, -1) + jnp.max(p_BCV, -1)), 0.0, jnp.nan)
         if sampling is None:
-            guess_BC = jnp.argmax(p_BCV, axis=-1)
+            guess_BC = token_ids(draft_decoder.config, jnp.argmax(p_BCV, axis=-1))
             return (guess_BC == labels_BC) + nan_BC, (guess_BC == jnp.argmax(q_BCV, axis=-1)) + nan_BC
-        q_BCV, p_BCV = probabilities(q_BCV, sampling), probabilities(p_BCV, sampling)
+        q_BCV, p_BCV = probabilities(q_BCV, sampling), widen(draft_decoder.config, probabilities(p_BCV, sampling))
         q_BC, p_BC = (jnp.take_along_axis(x, labels_BC[..., None], axis=-1)[..., 0] for x in (q_BCV, p_BCV))
         accept_BC = jnp.where(p_BC < q_BC, p_BC / jnp.where(q_BC > 0, q_BC, 1.0), 1.0)
         return accept_BC + nan_BC, jnp.sum(jnp.minimum(p_BCV, q_BCV), axis=-1) + nan_BC

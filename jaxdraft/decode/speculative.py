@@ -5,7 +5,7 @@ distribution. The whole generation of a batch is one ``lax.while_loop`` over blo
 target; nothing reaches the host in between, and rows advance independently.
 
 Shapes: B batch, G block size (draft tokens of a block), K = G + 1, T tokens, S tokens of prompt and answer, N most
-blocks a row can need, V vocabulary, E end tokens.
+blocks a row can need, V vocabulary, R draft vocabulary, E end tokens.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from jaxdraft.decode.sampling import (
 )
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def speculative_batches(
     Args:
       target_decoder: with ``scan=False``.
       target_params: of ``for_decoding``.
-      draft_decoder: with ``scan=False`` and the target's vocabulary.
+      draft_decoder: with ``scan=False`` and the target's vocabulary; it may propose a part of it only.
       draft_params: of ``for_decoding``.
       prompts: token ids, at least one each.
       block_size: draft tokens proposed per run of the target.
@@ -254,7 +254,7 @@ def _leading(passed_BG: jax.Array) -> jax.Array:
 )
 def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, keys):
     target_head_DV = head_weight(target_decoder.config, target_params)
-    draft_head_DV = head_weight(draft_decoder.config, draft_params)
+    draft_head_DR = head_weight(draft_decoder.config, draft_params)
     G, nowhere = block_size, slots(state.target_cache)
     rows_B1 = jnp.arange(state.tokens_BS.shape[0])[:, None]
 
@@ -265,12 +265,14 @@ def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *
             cache, finite_B = carry
             slots_BT = jnp.where(live_B[:, None], positions_BT, nowhere)
             hidden_BTD, cache = draft_decoder.apply({"params": draft_params}, tokens_BT, slots_BT, cache=cache)
-            logits_BV = logits(hidden_BTD[:, -1:], draft_head_DV)[:, 0]
-            finite_B &= ~live_B | all_finite(logits_BV)
+            logits_BR = logits(hidden_BTD[:, -1:], draft_head_DR)[:, 0]
+            finite_B &= ~live_B | all_finite(logits_BR)
             if sampling is None:
-                return (cache, finite_B), (jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), None)
-            probs_BV = probabilities(logits_BV, sampling)
-            return (cache, finite_B), (draw(position_keys(keys.propose_B, n_B + i), probs_BV), probs_BV)
+                best_B = jnp.argmax(logits_BR, axis=-1).astype(jnp.int32)
+                return (cache, finite_B), (token_ids(draft_decoder.config, best_B), None)
+            probs_BR = probabilities(logits_BR, sampling)
+            drawn_B = token_ids(draft_decoder.config, draw(position_keys(keys.propose_B, n_B + i), probs_BR))
+            return (cache, finite_B), (drawn_B, widen(draft_decoder.config, probs_BR))
 
         def next_step(carry, i):
             carry, last_B = carry

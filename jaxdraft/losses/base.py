@@ -5,7 +5,11 @@ number per position out. ``chunked`` multiplies hidden states with the output he
 the loss for its values there, differentiates them on the spot and keeps only sums, so that neither model's
 ``[N, V]`` logits ever exist.
 
-Shapes: N positions of a batch, C positions of a chunk, K chunks, V vocabulary, D and E hidden size of draft and target.
+A draft's head may propose a part of the vocabulary only, in ascending order of token ids: the draft vocabulary. The
+rows of a loss are then as wide as it, for both models.
+
+Shapes: N positions of a batch, C positions of a chunk, K chunks, V vocabulary (in ``rows``: the draft's), R draft
+vocabulary, D and E hidden size of draft and target.
 """
 
 import difflib
@@ -27,13 +31,23 @@ def log_probs(logits_CV: jax.Array, temperature: float = 1.0) -> jax.Array:
 
 
 class DenseTarget(NamedTuple):
-    """The target's distribution at some positions, from all of its logits."""
+    """The target's distribution at some positions, from all of its logits.
+
+    Attributes:
+      logits_CV: of all tokens.
+      draft_ids_V: which tokens the draft can propose; ``None`` is all of them.
+    """
 
     logits_CV: jax.Array
+    draft_ids_V: jax.Array | None = None
 
     def log_probs(self, temperature: float = 1.0) -> jax.Array:
-        """``[C, V]``, at the given temperature."""
-        return log_probs(self.logits_CV, temperature)
+        """``[C, V]``, at the given temperature, of the tokens that the draft can propose.
+
+        Of a draft vocabulary these do not sum to 1: the rest is the mass of tokens that the target alone knows.
+        """
+        log_q_CV = log_probs(self.logits_CV, temperature)
+        return log_q_CV if self.draft_ids_V is None else log_q_CV[:, self.draft_ids_V]
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,8 @@ class Loss:
         Args:
           draft_logits_CV: float32.
           target: a ``DenseTarget``; ``None`` where the engine was given no target. Constant.
-          labels_C: the token that follows in the text.
+          labels_C: the token that follows in the text, as an index into the draft's logits; -1 if it is not in the
+            draft vocabulary.
         """
         raise NotImplementedError
 
@@ -90,16 +105,17 @@ class LossOutput(NamedTuple):
 def chunked(
     loss: Loss,
     draft_hidden_ND: jax.Array,
-    draft_head_DV: jax.Array,
+    draft_head_DR: jax.Array,
     labels_N: jax.Array,
     weights_N: jax.Array,
     target_hidden_NE: jax.Array | None = None,
     target_head_EV: jax.Array | None = None,
+    draft_ids_R: jax.Array | None = None,
     chunk: int | None = None,
 ) -> LossOutput:
     """The weighted sum of a loss over positions, from hidden states.
 
-    Differentiable in reverse mode, once, with respect to ``draft_hidden_ND`` and ``draft_head_DV``; everything else
+    Differentiable in reverse mode, once, with respect to ``draft_hidden_ND`` and ``draft_head_DR``; everything else
     is constant. Gradients are computed in the forward pass (as in Liger Kernel, arXiv 2410.10989): per chunk three
     products of the draft head's size and one of the target's, the head's gradient accumulated in float32. Without
     differentiation only the values are computed. A head is cast to the dtype of its hidden states; logits are float32.
@@ -111,19 +127,23 @@ def chunked(
     Args:
       loss: what to compute at each position.
       draft_hidden_ND: the draft's hidden states.
-      draft_head_DV: the draft's output head; for tied weights, the transposed embedding.
+      draft_head_DR: the draft's output head; for tied weights, the transposed embedding.
       labels_N: token ids, read by losses on labels.
       weights_N: of each position, 0 where it does not count.
       target_hidden_NE: the target's hidden states at the same positions. A loss that needs no target still reports
         ``acceptance`` and ``agreement`` when it is given one.
       target_head_EV: the target's output head.
+      draft_ids_R: the draft vocabulary, ascending; ``None`` where the draft's head is as wide as the vocabulary.
       chunk: positions whose logits are held at once; ``None`` takes ``default_chunk(V)``.
 
     Raises:
       ConfigError: the loss needs a target and none was given.
       ValueError: shapes that do not fit each other, or a loss that does not return one number per position.
     """
-    N, V = draft_hidden_ND.shape[0], draft_head_DV.shape[1]
+    N, R = draft_hidden_ND.shape[0], draft_head_DR.shape[1]
+    if draft_ids_R is not None and draft_ids_R.shape != (R,):
+        raise ValueError(f"draft_ids_R has shape {draft_ids_R.shape}, the draft's head {R} columns")
+    V = R
     if labels_N.shape != (N,) or weights_N.shape != (N,) or not N:
         raise ValueError(f"{N} rows of hidden states, labels {labels_N.shape}, weights {weights_N.shape}")
     if (target_hidden_NE is None) != (target_head_EV is None):
@@ -132,14 +152,17 @@ def chunked(
         if loss.needs_target:
             raise ConfigError(f"{type(loss).__name__} compares the draft with a target, and no target was given")
     else:
-        if (target_hidden_NE.shape[0], target_head_EV.shape[1]) != (N, V):
-            target = target_hidden_NE.shape[0], target_head_EV.shape[1]
-            raise ValueError(f"draft and target differ in (rows, vocabulary): {N, V} and {target}")
+        V = target_head_EV.shape[1]
+        if target_hidden_NE.shape[0] != N or (draft_ids_R is None and V != R):
+            target = target_hidden_NE.shape[0], V
+            raise ValueError(f"draft and target differ in (rows, vocabulary): {N, R} and {target}")
         target_head_EV = target_head_EV.astype(target_hidden_NE.dtype)
     size = _chunk_size(N, chunk or default_chunk(V))
-    constants = labels_N, weights_N, target_hidden_NE, target_head_EV
-    head_DV = draft_head_DV + _zero_like_rows(labels_N, draft_head_DV.dtype)
-    total, metrics = _sums(loss, size, draft_hidden_ND, head_DV, constants)
+    if draft_ids_R is not None:
+        labels_N = _places(labels_N, draft_ids_R)
+    constants = labels_N, weights_N, target_hidden_NE, target_head_EV, draft_ids_R
+    head_DR = draft_head_DR + _zero_like_rows(labels_N, draft_head_DR.dtype)
+    total, metrics = _sums(loss, size, draft_hidden_ND, head_DR, constants)
     return LossOutput(total, jnp.sum(weights_N), metrics)
 
 
@@ -173,13 +196,15 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 def _scan(loss, chunk, hidden_ND, head_DV, constants, differentiate):
     """((sum, metrics), (hidden gradient, head gradient) or None), one chunk of rows after another."""
-    labels_N, weights_N, target_hidden_NE, target_head_EV = constants
+    labels_N, weights_N, target_hidden_NE, target_head_EV, draft_ids_R = constants
     compute_head_DV = head_DV.astype(hidden_ND.dtype)
 
     def step(head_grad_DV, rows):
         hidden_CD, labels_C, weights_C, target_hidden_CE = rows
         counts_C = weights_C != 0
-        target = None if target_hidden_CE is None else DenseTarget(_matmul(target_hidden_CE, target_head_EV))
+        target = None
+        if target_hidden_CE is not None:
+            target = DenseTarget(_matmul(target_hidden_CE, target_head_EV), draft_ids_R)
 
         def weighted(logits_CV):
             loss_C = loss.rows(logits_CV, target, labels_C)
@@ -216,7 +241,13 @@ def _scan(loss, chunk, hidden_ND, head_DV, constants, differentiate):
 
 def _metrics(loss, logits_CV, target):
     log_p_CV, log_q_CV = log_probs(logits_CV, loss.temperature), target.log_probs(loss.temperature)
-    return {"acceptance": overlap(log_p_CV, log_q_CV), "agreement": agreement(logits_CV, target.logits_CV)}
+    return {"acceptance": overlap(log_p_CV, log_q_CV), "agreement": agreement(logits_CV, *target)}
+
+
+def _places(labels_N, draft_ids_R):
+    """Index of every label in the draft vocabulary; -1 of one that is not in it."""
+    places_N = jnp.minimum(jnp.searchsorted(draft_ids_R, labels_N), len(draft_ids_R) - 1)
+    return jnp.where(draft_ids_R[places_N] == labels_N, places_N, -1)
 
 
 def _zero_like_rows(labels_N, dtype):

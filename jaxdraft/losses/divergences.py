@@ -21,8 +21,8 @@ class CrossEntropy(Loss):
     """−log p_y at the label y.
 
     Gradient: p − e_y. Source: language modelling; on text written by the target it is sequence-level distillation
-    (Kim & Rush, arXiv 1606.07947; FastDraft, arXiv 2411.11055, §4.2, strategy 1). Cost: one softmax, and no target
-    model.
+    (Kim & Rush, arXiv 1606.07947; FastDraft, arXiv 2411.11055, §4.2, strategy 1). A label outside the draft
+    vocabulary counts 0 and pulls nowhere. Cost: one softmax, and no target model.
 
     Use it to pretrain a draft, and to distil when the target is too large to run beside the draft.
     """
@@ -44,7 +44,8 @@ class KL(Loss):
 
     Use it from scratch or early: its gradient does not fade where draft and target hardly overlap. It covers all of q,
     which a small draft cannot, and ends at a lower acceptance than the total variation losses. Infinite where the
-    draft's probability is exactly 0 and the target's is not.
+    draft's probability is exactly 0 and the target's is not; over a draft vocabulary the sum is over that alone, q not
+    renormalised: it can be negative, and its gradient is Q p − q, with Q the target's mass there.
     """
 
     def rows(self, draft_logits_CV: jax.Array, target: DenseTarget, labels_C: jax.Array) -> jax.Array:
@@ -73,10 +74,13 @@ class TVD(Loss):
 def tvd_and_reward(draft_logits_CV: jax.Array, target: DenseTarget, temperature: float) -> tuple[jax.Array, jax.Array]:
     """(TVD, A), both ``[C]``: the distance and the draft's mass A = Σ_v p_v r_v on r_v = 1[q_v > p_v].
 
-    r compares float32 log-probabilities: rounded to bfloat16, 6 % of its entries flip.
+    Of what the target alone can say, outside a draft vocabulary, all mass is distance. r compares float32
+    log-probabilities: rounded to bfloat16, 6 % of its entries flip.
     """
     log_p_CV = log_probs(draft_logits_CV, temperature)
     log_q_CV = target.log_probs(temperature)
     p_CV, under_CV = jnp.exp(log_p_CV), log_q_CV > log_p_CV
     tvd_C = jnp.sum(jnp.where(under_CV, jnp.exp(log_q_CV) - p_CV, 0), axis=-1)
+    if target.draft_ids_V is not None:
+        tvd_C += 1 - jnp.sum(jnp.exp(log_q_CV), axis=-1)
     return tvd_C, jnp.sum(jnp.where(under_CV, p_CV, 0), axis=-1)

@@ -1,6 +1,7 @@
 """The shape of a decoder. Llama and Phi-3 differ in numbers and in the names of their files, not in classes."""
 
 import dataclasses
+import itertools
 from typing import Literal
 
 from jaxdraft.errors import ConfigError
@@ -29,6 +30,8 @@ class ModelConfig:
       max_positions: longest sequence the model is meant for, prompt and answer together.
       bos_id: token that starts a document, if any.
       eos_ids: tokens that end a text.
+      head_ids: the draft vocabulary, ascending: the tokens that the output head can propose; ``None`` is all. The
+        parameters keep a row for every token, from which ``decoder.head_weight`` selects.
 
     Raises:
       ConfigError: a size is not positive or heads do not divide.
@@ -51,6 +54,7 @@ class ModelConfig:
     max_positions: int = 2048
     bos_id: int | None = 1
     eos_ids: tuple[int, ...] = (2,)
+    head_ids: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
@@ -74,6 +78,10 @@ class ModelConfig:
             )
         if self.qkv_bias != (self.family == "qwen2"):
             raise ConfigError("qkv_bias belongs to family qwen2, and to no other")
+        if self.head_ids is not None:
+            ids = self.head_ids
+            if not ids or any(a >= b for a, b in itertools.pairwise(ids)) or ids[0] < 0 or ids[-1] >= self.vocabulary:
+                raise ConfigError("head_ids must be ids of the vocabulary in ascending order, each once, at least one")
         if isinstance(self.rope_scaling, LongRope):
             if self.family != "phi3":
                 raise ConfigError("longrope belongs to family phi3")
@@ -108,10 +116,11 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model; a tied table counts once."""
+        """Parameters of the model; a tied table counts once, an untied head with its draft vocabulary's rows."""
         attention = self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_kv_heads)
         if self.qkv_bias:
             attention += self.head_size * (self.num_heads + 2 * self.num_kv_heads)
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        tables = self.vocabulary * self.hidden_size * (1 if self.tie_embeddings else 2)
+        head = 0 if self.tie_embeddings else len(self.head_ids or range(self.vocabulary))
+        tables = (self.vocabulary + head) * self.hidden_size
         return tables + self.num_layers * block + self.hidden_size

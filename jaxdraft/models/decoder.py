@@ -4,7 +4,7 @@ Training runs one scanned block over stacked layers; decoding runs the same bloc
 weights, so that the while-loop around it reads every weight and every cache where it lies.
 
 Shapes: B batch, T tokens, S cache slots, D hidden, N query heads, K key/value heads, H head size, F intermediate,
-V vocabulary.
+V vocabulary, R rows of a draft vocabulary.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxdraft.models.cache import KVCache, attend, slots, write
@@ -178,8 +179,25 @@ def init_boxed(config: ModelConfig, key: jax.Array, scan: bool = True) -> Any:
 
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
-    """The output head ``[D, V]``: the transposed embedding table where they are tied."""
-    return params["embed"].T if config.tie_embeddings else params["head"]
+    """The output head, ``[D, V]`` or ``[D, R]``: the transposed embedding table where they are tied."""
+    if config.head_ids is None:
+        return params["embed"].T if config.tie_embeddings else params["head"]
+    ids_R = np.asarray(config.head_ids)
+    return params["embed"][ids_R].T if config.tie_embeddings else params["head"][:, ids_R]
+
+
+def token_ids(config: ModelConfig, rows: jax.Array) -> jax.Array:
+    """The tokens that columns of the head stand for."""
+    return rows if config.head_ids is None else jnp.asarray(config.head_ids, rows.dtype)[rows]
+
+
+def widen(config: ModelConfig, probs_BTR: jax.Array) -> jax.Array:
+    """Probabilities over the whole vocabulary, ``[…, V]``: 0 for every token that the head does not propose."""
+    if config.head_ids is None:
+        return probs_BTR
+    row_V = np.full(config.vocabulary, len(config.head_ids))
+    row_V[np.asarray(config.head_ids)] = np.arange(len(config.head_ids))
+    return jnp.take(probs_BTR, row_V, axis=-1, mode="fill", fill_value=0)
 
 
 def logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:

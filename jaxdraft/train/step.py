@@ -1,6 +1,7 @@
 """The train step: next-token loss and distillation with the target in the loop are the same few lines.
 
-Shapes: B batch rows, T tokens, D draft hidden, E target hidden, V vocabulary.
+Shapes: B batch rows, T tokens, D draft hidden, E target hidden, V vocabulary, R
+draft vocabulary.
 """
 
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def build_step(
             hidden.append(jax.lax.stop_gradient(target.apply({"params": target_params}, *inputs)))
             heads.append(head_weight(target.config, target_params))
         labels_BT, weights_BT = next_tokens(batch)
-        return sharded_loss(loss, mesh, hidden, heads, labels_BT, weights_BT)
+        return sharded_loss(loss, mesh, hidden, heads, labels_BT, weights_BT, draft.config.head_ids)
 
     def step(state: TrainState, target_params: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         with nn.logical_axis_rules(RULES):
@@ -102,6 +103,7 @@ def sharded_loss(
     heads: list[jax.Array],
     labels_BT: jax.Array,
     weights_BT: jax.Array,
+    draft_ids: tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Loss sum and metric sums over all devices, the head chunked on each device over its own rows.
 
@@ -111,15 +113,18 @@ def sharded_loss(
       loss: the loss.
       mesh: the devices.
       hidden: draft's ``[B, T, D]`` and, for distillation, target's ``[B, T, E]``.
-      heads: draft's ``[D, V]`` and target's ``[E, V]``.
+      heads: draft's ``[D, V]``, ``[D, R]`` of a draft vocabulary, and target's ``[E, V]``.
       labels_BT: next tokens.
       weights_BT: their weights.
+      draft_ids: the draft vocabulary.
     """
 
     def local(hidden, heads, labels_BT, weights_BT):
         rows = [h.reshape(-1, h.shape[-1]) for h in hidden]
-        target = (rows[1], heads[1]) if len(rows) > 1 else (None, None)
-        out = chunked(loss, rows[0], heads[0], labels_BT.reshape(-1), weights_BT.reshape(-1), *target)
+        target = {"target_hidden_NE": rows[1], "target_head_EV": heads[1]} if len(rows) > 1 else {}
+        ids_R = None if draft_ids is None else jnp.asarray(draft_ids)
+        labels_N, weights_N = labels_BT.reshape(-1), weights_BT.reshape(-1)
+        out = chunked(loss, rows[0], heads[0], labels_N, weights_N, draft_ids_R=ids_R, **target)
         return jax.lax.psum((out.sum, {**out.metrics, "tokens": out.weight}), BATCH_AXES)
 
     rows = PartitionSpec(BATCH_AXES)
