@@ -1,6 +1,8 @@
 """``config.json`` of a Hugging Face folder, read and written in the dialects of transformers 4 and 5."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,70 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _size(value: Any) -> bool:
+    return _whole(value) and value > 0
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+# What is wanted, the test for it, and of which keys: at the top level, and in the rope settings.
+_KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "true or false",
+        lambda value: isinstance(value, bool),
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"),
+    ),
+    ("a whole number above 0", _size, (*_NEEDED, "max_position_embeddings", _ORIGINAL)),
+    ("a whole number above 0, or null", _or_null(_size), ("num_key_value_heads", "head_dim", "sliding_window")),
+    ("a whole number or null", _or_null(_whole), ("bos_token_id",)),
+    (
+        "a whole number, a list of them, or null",
+        _or_null(lambda value: _whole(value) or _list_of(_whole)(value)),
+        ("eos_token_id",),
+    ),
+    ("a number above 0", _positive, ("rms_norm_eps",)),
+    (
+        "a number above 0, or null",
+        _or_null(_positive),
+        ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
+    ),
+    ("a list of numbers above 0", _list_of(_positive), ("short_factor", "long_factor")),
+    ("an object or null", _or_null(lambda value: isinstance(value, dict)), ("rope_scaling", "rope_parameters")),
+)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """Reads ``config.json``, and the end tokens of ``generation_config.json`` where it names any.
 
     Raises:
-      ConfigError: there is none, it is of another family, its two dialects contradict each other, or it asks for
-        something the decoder does not do.
+      ConfigError: there is none, a value in it is of the wrong type, it is of another family, its two dialects
+        contradict each other, or it asks for something the decoder does not do.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if family not in tuple(ARCHITECTURES):
         raise ConfigError(f"{path}: model_type {family!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+    _check_kinds(path, raw)
+    for name in ("rope_scaling", "rope_parameters"):
+        _check_kinds(path, raw.get(name) or {}, f"{name}.")
     if missing := [key for key in _NEEDED if key not in raw]:
         raise ConfigError(f"{path}: lacks {', '.join(missing)}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -130,6 +182,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _check_kinds(path: Path, holder: dict[str, Any], prefix: str = "") -> None:
+    for wanted, fits, keys in _KINDS:
+        for key in keys:
+            if key in holder and not fits(holder[key]):
+                raise ConfigError(f"{path}: {prefix}{key} is {json.dumps(holder[key]):.80}, but must be {wanted}")
+
+
 def _theta(path: Path, raw: dict[str, Any]) -> float:
     new, old = (raw.get("rope_parameters") or {}).get("rope_theta"), raw.get("rope_theta")
     if new is not None and old is not None and new != old:
@@ -183,4 +242,5 @@ def _scaling_json(config: ModelConfig) -> tuple[dict[str, Any] | None, dict[str,
 def _end_tokens(folder: str | Path, raw: dict[str, Any]) -> Any:
     generation = Path(folder) / "generation_config.json"
     chosen = read_json(generation).get("eos_token_id") if generation.exists() else None
+    _check_kinds(generation, {"eos_token_id": chosen})
     return raw.get("eos_token_id") if chosen is None else chosen
