@@ -1,5 +1,6 @@
 """``config.json`` of a Hugging Face folder, read and written in the dialects of transformers 4 and 5."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ ARCHITECTURES = {
 }
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _ORIGINAL = "original_max_position_embeddings"
+_PHI3_ORIGINAL = 4096  # what transformers takes where the key is missing
 
 
 def _whole(value: Any) -> bool:
@@ -79,12 +81,16 @@ def load_config(folder: str | Path) -> ModelConfig:
     if family not in tuple(ARCHITECTURES):
         raise ConfigError(f"{path}: model_type {family!r} is not supported; known are {', '.join(ARCHITECTURES)}")
     _check_kinds(path, raw)
-    for name in ("rope_scaling", "rope_parameters"):
-        _check_kinds(path, raw.get(name) or {}, f"{name}.")
+    # In transformers' order: where there is a rope_scaling, it reads nothing of rope_parameters.
+    ropes: dict[str, dict[str, Any]] = {
+        name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)
+    }
+    for name, rope in ropes.items():
+        _check_kinds(path, rope, f"{name}.")
     if missing := [key for key in _NEEDED if key not in raw]:
         raise ConfigError(f"{path}: lacks {', '.join(missing)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rotary = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    rotaries = [place.get("partial_rotary_factor", 1.0) for place in (raw, *ropes.values())]
+    rotary = next((share for share in rotaries if share != 1.0), 1.0)
     unsupported = {
         f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": raw.get("attention_bias", False),
@@ -105,8 +111,8 @@ def load_config(folder: str | Path) -> ModelConfig:
         num_heads=raw["num_attention_heads"],
         num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         head_dim=None if family == "phi3" else raw.get("head_dim"),
-        rope_theta=_theta(path, raw),
-        rope_scaling=_scaling(path, raw, rope),
+        rope_theta=_theta(path, raw, ropes),
+        rope_scaling=_agreed_scaling(path, raw, ropes),
         sliding_window=raw.get("sliding_window") if family in ("mistral", "phi3") else None,
         qkv_bias=family == "qwen2",
         rms_norm_eps=raw.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
@@ -189,31 +195,66 @@ def _check_kinds(path: Path, holder: dict[str, Any], prefix: str = "") -> None:
                 raise ConfigError(f"{path}: {prefix}{key} is {json.dumps(holder[key]):.80}, but must be {wanted}")
 
 
-def _theta(path: Path, raw: dict[str, Any]) -> float:
-    new, old = (raw.get("rope_parameters") or {}).get("rope_theta"), raw.get("rope_theta")
-    if new is not None and old is not None and new != old:
-        raise ConfigError(f"{path}: rope_theta is {old}, but {new} in rope_parameters: which one was it trained with?")
-    return float(new or old or 10000.0)
+def _theta(path: Path, raw: dict[str, Any], ropes: dict[str, dict[str, Any]]) -> float:
+    places = {"": raw} | {f" in {name}": rope for name, rope in ropes.items()}
+    said = {where: place["rope_theta"] for where, place in places.items() if place.get("rope_theta") is not None}
+    if list(said) == [" in rope_parameters"] and "rope_scaling" in ropes:
+        said = {" by default": 10000.0} | said
+    if len(set(said.values())) > 1:
+        listed = ", but ".join(f"{theta}{where}" for where, theta in said.items())
+        raise ConfigError(f"{path}: rope_theta is {listed}: keep the one it was trained with, as rope_theta")
+    return float(next(iter(said.values()), 10000.0))
+
+
+def _agreed_scaling(path: Path, raw: dict[str, Any], ropes: dict[str, dict[str, Any]]) -> Scaling:
+    read = [_scaling(path, raw, rope) for rope in ropes.values()]
+    if len(read) == 2 and read[0] != read[1]:
+        old, new = (
+            {"rope_type": _rope_type(rope)} | (vars(scaling) if scaling else {})
+            for rope, scaling in zip(ropes.values(), read, strict=True)
+        )
+        key = next(key for key in old | new if old.get(key) != new.get(key))
+        raise ConfigError(
+            f"{path}: {key} is {old.get(key)} by rope_scaling, but {new.get(key)} by rope_parameters: "
+            "remove the one it was not trained with"
+        )
+    return read[0] if read else None
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _scaling(path: Path, raw: dict[str, Any], rope: dict[str, Any]) -> Scaling:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _rope_type(rope)
     try:
         if kind == "default":
             return None
         if kind == "llama3":
             factors = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-            return Llama3Scaling(*factors, rope["original_max_position_embeddings"])
+            return Llama3Scaling(*factors, _original(path, raw, rope, default=rope[_ORIGINAL]))
         if kind in ("longrope", "su"):
-            original = {**rope, **raw}["original_max_position_embeddings"]
             short, long = (tuple(rope[name]) for name in ("short_factor", "long_factor"))
+            scaling = LongRope(short, long, _original(path, raw, rope, default=_PHI3_ORIGINAL))
             attention = rope.get("attention_factor")
             if attention is None and rope.get("factor") is not None:
-                attention = longrope_attention(rope["factor"], original)
-            return LongRope(short, long, original, attention)
+                attention = longrope_attention(rope["factor"], scaling.original_max_positions)
+            return dataclasses.replace(scaling, attention_factor=attention)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: rope scaling {kind!r} lacks a value or holds a wrong one ({error})") from None
     raise ConfigError(f"{path}: rope scaling {kind!r} is not supported by this version of jaxdraft")
+
+
+def _original(path: Path, raw: dict[str, Any], rope: dict[str, Any], default: int) -> int:
+    """The context before the stretching: transformers lets the top level's replace the one in the rope settings."""
+    top: int = raw.get(_ORIGINAL, default)
+    if rope.get(_ORIGINAL, top) != top:
+        by_default = "" if _ORIGINAL in raw else " by default"
+        raise ConfigError(
+            f"{path}: {_ORIGINAL} is {top}{by_default}, but {rope[_ORIGINAL]} in the rope settings: "
+            "write the one it was trained with at the top level"
+        )
+    return top
 
 
 def _scaling_json(config: ModelConfig) -> tuple[dict[str, Any] | None, dict[str, Any]]:

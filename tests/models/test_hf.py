@@ -167,7 +167,8 @@ def test_longrope_takes_its_factor_and_is_not_written_where_it_would_be_lost(tmp
     path = tmp_path / "config.json"
     written = json.loads(path.read_text())
     assert load_config(tmp_path).rope_scaling == rope
-    path.write_text(json.dumps(written | {"rope_parameters": written["rope_parameters"] | {"factor": 4.0}}))
+    new = written["rope_parameters"] | {"factor": 4.0}
+    path.write_text(json.dumps(written | {"rope_scaling": None, "rope_parameters": new}))
     read = load_config(tmp_path).rope_scaling
     assert read.attention_factor == pytest.approx(
         1.18322, abs=1e-5

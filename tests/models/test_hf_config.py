@@ -1,4 +1,7 @@
-"""``config.json``: values of the wrong type are named."""
+"""``config.json``: values of the wrong type, and two dialects that say different things.
+
+What transformers reads was found by running 5.23 on the same files.
+"""
 
 import dataclasses
 import json
@@ -8,6 +11,7 @@ import pytest
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig
 from jaxdraft.models.hf_config import config_json, load_config
+from jaxdraft.models.rope import Llama3Scaling, LongRope
 
 LLAMA = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_kv_heads=2, max_positions=1024
@@ -88,6 +92,12 @@ def test_a_rope_setting_of_the_wrong_type_is_named(tmp_path, family, rope, messa
         load_config(tmp_path)
 
 
+def test_an_original_context_of_one_is_no_traceback(tmp_path):
+    write_rope(tmp_path, PHI3, rope_scaling=LONGROPE | {"factor": 4.0}, original_max_position_embeddings=1)
+    with pytest.raises(ConfigError, match="original_max_positions is 1: at least 2"):
+        load_config(tmp_path)
+
+
 def test_a_family_that_is_no_text_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"model_type \['llama'\] is not supported"):
         load_config(write(tmp_path, model_type=["llama"]))
@@ -104,3 +114,94 @@ def test_null_is_as_good_as_absent_where_transformers_writes_it(tmp_path):
     assert load_config(write(tmp_path, **dict.fromkeys(keys))) == dataclasses.replace(
         LLAMA, num_kv_heads=4, bos_id=None
     )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (LLAMA3 | {"factor": 4.0}, LLAMA3, "factor is 4.0 by rope_scaling, but 8.0 by rope_parameters"),
+        (LLAMA3, {"rope_type": "default"}, "rope_type is llama3 by rope_scaling, but default by rope_parameters"),
+        ({"type": "default"}, LLAMA3, "rope_type is default by rope_scaling, but llama3 by rope_parameters"),
+        ({"type": "linear", "factor": 2.0}, LLAMA3, "'linear' is not supported"),
+    ],
+)
+def test_two_scalings_that_contradict_each_other_are_refused(tmp_path, old, new, message):
+    write_rope(tmp_path, rope_theta=500000.0, rope_scaling=old, rope_parameters=new)
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
+        load_config(tmp_path)
+
+
+def test_two_longropes_that_contradict_each_other_are_refused(tmp_path):
+    other = LONGROPE | {"short_factor": [1.5, 1.1, 1.2, 1.3]}
+    for new in other, LONGROPE | {"factor": 4.0}:
+        write_rope(tmp_path, PHI3, rope_scaling=LONGROPE, rope_parameters=new, original_max_position_embeddings=32)
+        with pytest.raises(ConfigError, match=r"(short|attention)_factor is .* by rope_scaling, but .* by rope_param"):
+            load_config(tmp_path)
+
+
+@pytest.mark.parametrize("empty", [None, {}])
+def test_an_empty_rope_scaling_leaves_rope_parameters(tmp_path, empty):
+    read = load_config(write_rope(tmp_path, rope_scaling=empty, rope_parameters=LLAMA3 | {"rope_theta": 500000.0}))
+    assert (read.rope_theta, read.rope_scaling) == (500000.0, Llama3Scaling(8.0, 1.0, 4.0, 128))
+
+
+@pytest.mark.parametrize("top", [ABSENT, 500000.0, 500000])
+def test_a_theta_in_rope_scaling_is_read(tmp_path, top):
+    read = load_config(write_rope(tmp_path, rope_theta=top, rope_scaling=LLAMA3 | {"rope_theta": 500000.0}))
+    assert (read.rope_theta, read.rope_scaling) == (500000.0, Llama3Scaling(8.0, 1.0, 4.0, 128))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"rope_theta": 5e5}},
+            r"rope_theta is 10000\.0, but 500000\.0 in rope_scaling",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"rope_theta": 1e6}, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+            r"rope_theta is 1000000\.0 in rope_scaling, but 500000\.0 in rope_parameters",
+        ),
+        # transformers 5.23 reads nothing of rope_parameters here, and 4.44 never does: both take 10000.
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+            r"rope_theta is 10000\.0 by default, but 500000\.0 in rope_parameters",
+        ),
+    ],
+)
+def test_thetas_that_contradict_each_other_are_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_rope(tmp_path, **change))
+
+
+@pytest.mark.parametrize("where", ["", "rope_scaling", "rope_parameters"])
+def test_a_partial_rotary_factor_is_refused_wherever_it_stands(tmp_path, where):
+    part = {"partial_rotary_factor": 0.5}
+    change = {where: LLAMA3 | part} if where else part
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor 0\.5"):
+        load_config(write_rope(tmp_path, **{"rope_scaling": LLAMA3, "rope_parameters": LLAMA3} | change))
+
+
+def test_phi3_takes_4096_where_the_original_context_is_missing(tmp_path):
+    read = load_config(write_rope(tmp_path, PHI3, rope_scaling=LONGROPE, max_position_embeddings=8192))
+    assert read.rope_scaling == LongRope((1.0, 1.1, 1.2, 1.3), (2.0, 3.0, 4.0, 5.0), 4096)
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "change", "message"),
+    [
+        (PHI3, LONGROPE | {"original_max_position_embeddings": 32}, {}, "is 4096 by default, but 32 in the rope"),
+        (
+            PHI3,
+            LONGROPE | {"original_max_position_embeddings": 32},
+            {"original_max_position_embeddings": 64},
+            "is 64, but 32 in the rope",
+        ),
+        (LLAMA, LLAMA3, {"original_max_position_embeddings": 64}, "is 64, but 128 in the rope"),
+    ],
+)
+def test_original_contexts_that_contradict_each_other_are_refused(tmp_path, family, rope, change, message):
+    for name in ("rope_scaling", "rope_parameters"):
+        write_rope(tmp_path, family, **{name: rope}, **change)
+        with pytest.raises(ConfigError, match=f"original_max_position_embeddings {message}"):
+            load_config(tmp_path)
