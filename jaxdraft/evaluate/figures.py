@@ -114,6 +114,9 @@ def draw_loss_panels(file: str, stages: Sequence[Stage], known: Mapping[str, Loo
             _curve(axes, stage, look, "loss")
             axes.set_title(look.label, color=look.colour)
             axes.locator_params(axis="y", nbins=4)
+            if not axes.lines:
+                axes.set_yticks([])
+                axes.text(0.5, 0.5, "no steps yet", transform=axes.transAxes, ha="center", va="center", color=_INK)
         figure.supylabel("loss", fontsize=10)
         panels[-1].set_xlabel("step")
 
@@ -230,7 +233,10 @@ def _look(stage: Stage, colours: Sequence[str], counts: dict[bool, int]) -> Look
 
 
 def _curve(axes: Any, stage: Stage, look: Look, key: str) -> None:
+    """Draws the steps that logged ``key``; a stage that has not begun has none."""
     points = [(line["step"], line[key]) for line in stage.metrics if line.get(key) is not None]
+    if not points:
+        return
     steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=look.colour, linewidth=0.6, alpha=0.25)
     axes.plot(steps, smooth(values), color=look.colour, label=look.label)

@@ -408,6 +408,33 @@ def test_a_run_that_only_pretrained(run: Path) -> None:
     assert "distill_kl not run Trains with KL, starting from pretrain" in words
 
 
+@pytest.mark.parametrize("trained", [(), ("target",), ("target", "pretrain", "distill_kl")])
+def test_a_stage_that_has_no_steps_yet_is_no_error(run: Path, trained: tuple[str, ...]) -> None:
+    """As after ``jaxdraft run --only``: the recipe says what a stage learns from before it has a step."""
+
+    def on_answers(recipe: dict[str, Any]) -> None:
+        for stage in recipe["stages"]:
+            stage |= {"data": "responses"} if stage["name"] in DRAFTS[1:] else {}
+
+    edit(run / "recipe.json", on_answers)
+    for path in run.iterdir():
+        if path.is_dir() and path.name not in ("tokenizer", *trained):
+            shutil.rmtree(path)
+    pictures = {path.name for path in write_report(run).parent.glob("*.png")}
+    others = {"loss.png"} if trained else set()
+    compared = {"acceptance.png"} if "distill_kl" in trained else set()
+    assert pictures == {"loss_distillation.png"} | others | compared
+
+
+def test_a_stage_that_logged_nothing_leaves_the_others_as_they_are(run: Path) -> None:
+    write_lines(run / "pretrain" / "metrics.jsonl", [{"step": 1, "loss": None}])
+    target, pretrain = (stage for stage in read_run(run).stages if stage.name in ("target", "pretrain"))
+    known = figures.looks([target, pretrain])
+    both = figures.draw_curves("loss.png", [target, pretrain], known, "loss", "loss")
+    assert both.png == figures.draw_curves("loss.png", [target], known, "loss", "loss").png
+    assert figures.draw_curves("loss.png", [pretrain], known, "loss", "loss").png.startswith(b"\x89PNG")
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_run_without_distillation(run: Path) -> None:
     for draft in DRAFTS[1:]:
