@@ -91,7 +91,7 @@ def check_pair(target: Path, draft: Path, engines: Sequence[str] = ENGINES) -> l
         try:
             results = list(rule(pair))
         except (ConfigError, OSError, SafetensorError) as error:
-            results = [(ENGINES, "fail", str(error), "give two whole model folders")]
+            results = [(ENGINES, "fail", str(error), "mend that file: two whole model folders are needed")]
         findings += [
             Finding(engine, name, verdict, found, remedy)
             for whose, verdict, found, remedy in results
@@ -204,24 +204,17 @@ def _metadata(pair: Pair) -> Iterator[Result]:
 
 
 def _rope_dialects(pair: Pair) -> Iterator[Result]:
-    for folder, raw in zip(pair.folders, pair.raw, strict=True):
-        new, old = raw.get("rope_parameters") or {}, raw
-        theta = new.get("rope_theta", old.get("rope_theta", 10000.0))
-        remedy = f"add rope_theta and rope_scaling to {folder.name}/config.json, as `jaxdraft export` writes them"
-        lost = [
-            what
-            for what, gone in {
-                f"rope_theta {theta:g}": "rope_theta" not in old and theta != 10000.0,
-                f"rope scaling {new.get('rope_type')}": new.get("rope_type", "default") != "default"
-                and not old.get("rope_scaling"),
-            }.items()
-            if gone
-        ]
-        readers = ("transformers", "vllm", "sglang", "llama.cpp")
+    readers = ("transformers", "vllm", "sglang", "llama.cpp")
+    for folder, raw, config in zip(pair.folders, pair.raw, pair.configs, strict=True):
+        theta, old, new = config.rope_theta, raw.get("rope_scaling"), raw.get("rope_parameters") or {}
+        lost = []
+        if raw.get("rope_theta") is None and theta != 10000.0:
+            lost.append(f"rope_theta {theta:g} only in {'rope_scaling' if old else 'rope_parameters'}")
+        if config.rope_scaling is not None and not old:
+            lost.append(f"rope scaling {new.get('rope_type')} only in rope_parameters")
         if lost:
-            found = (
-                f"{folder.name}: {', '.join(lost)} only in rope_parameters, which transformers 4 does not read: 10000"
-            )
+            found = f"{folder.name}: {', '.join(lost)}: transformers 4 does not look there"
+            remedy = f"add rope_theta and rope_scaling to {folder.name}/config.json, as `jaxdraft export` writes them"
             yield readers, "fail", found, remedy
         else:
             yield readers, "ok", f"{folder.name}: rope_theta {theta:g}, read alike by transformers 4 and 5", ""
@@ -303,7 +296,12 @@ def _logits(pair: Pair) -> Iterator[Result]:
     tokens = np.arange(32)[None] * 37 % config.vocabulary
     hidden = Decoder(config, dtype=jnp.float32).apply({"params": params}, tokens, np.arange(32)[None])
     ours = np.asarray(logits(hidden, head_weight(config, params)))
-    model = transformers.AutoModelForCausalLM.from_pretrained(pair.folders[1], dtype=torch.float32)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(pair.folders[1], dtype=torch.float32)
+    except Exception as error:  # whatever it may raise, it is what a user of the draft would see
+        found = f"transformers {transformers.__version__} does not open it: {type(error).__name__}: {error}"
+        yield ("transformers",), "fail", found, "write it again with `jaxdraft export`"
+        return
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
     apart, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -126,6 +128,12 @@ def only_new_dialect(draft):
     edit(draft / "config.json", lambda data: data.pop("rope_theta"))
 
 
+def only_in_rope_scaling(draft):
+    only_new_dialect(draft)
+    scaling = {"rope_type": "default", "rope_theta": 500000.0}
+    edit(draft / "config.json", lambda data: data.update(rope_scaling=scaling))
+
+
 @pytest.mark.parametrize(
     "plant, rule, verdict, engines, words",
     [
@@ -138,6 +146,16 @@ def only_new_dialect(draft):
         (pickled, "pickled weights", "warn", set(ENGINES), "pytorch_model.bin can run code"),
         (drop_format, "safetensors format", "fail", {"transformers"}, "metadata format is missing"),
         (only_new_dialect, "rope dialects", "fail", set(ENGINES) - {"openvino"}, "rope_theta 500000 only in"),
+        (only_in_rope_scaling, "rope dialects", "fail", set(ENGINES) - {"openvino"}, "500000 only in rope_scaling"),
+        (config_change(hidden_size="256"), "size", "fail", set(ENGINES), 'hidden_size is "256", but must be a whole'),
+        (config_change(model_type=["llama"]), "head size", "fail", set(ENGINES), "is not supported"),
+        (
+            config_change(rope_parameters=[]),
+            "rope dialects",
+            "fail",
+            set(ENGINES),
+            "rope_parameters is \\[\\], but must",
+        ),
         (config_change(auto_map={"AutoModel": "x.Y"}), "own code", "warn", set(ENGINES), "auto_map"),
         (
             lambda d: (d / "generation_config.json").unlink(),
@@ -159,6 +177,19 @@ def test_what_is_planted_is_named(pair, plant, rule, verdict, engines, words):
         assert re.search(words, found[engine, rule][1])
     wrong = verdict == "fail"
     assert main(["check", "--target", str(pair / "target"), "--draft", str(pair / "draft")]) == (2 if wrong else 0)
+
+
+def test_what_transformers_does_not_open_is_a_finding(pair, monkeypatch):
+    class Auto:
+        def from_pretrained(self, folder, **options):
+            raise KeyError("Missing required keys")
+
+    fake = SimpleNamespace(AutoModelForCausalLM=Auto(), __version__="5.23.0")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(float32=None))
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    verdict, found = problems(pair)["transformers", "logits"]
+    assert verdict == "fail"
+    assert "transformers 5.23.0 does not open it: KeyError: 'Missing required keys'" in found
 
 
 @pytest.mark.parametrize(

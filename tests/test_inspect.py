@@ -31,3 +31,9 @@ def test_a_run_is_told(tmp_path, capsys):
 def test_neither_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"neither config\.json"):
         inspect(tmp_path)
+
+
+def test_a_wrong_value_in_a_model_s_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "64"}))
+    with pytest.raises(ConfigError, match=r'config\.json: hidden_size is "64", but must be a whole number'):
+        inspect(tmp_path)
