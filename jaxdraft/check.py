@@ -23,6 +23,7 @@ SERVERS = ("vllm", "sglang")
 # FlashAttentionBackend.get_supported_head_sizes of vLLM at commit 0084b783; newer backends may take more.
 _HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
 _LLAMACPP_VOCAB_SLACK = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE of its common/speculative.cpp
+_LLAMACPP_FIRST_COMPARED = 5  # SPEC_VOCAB_CHECK_START_TOKEN_ID
 _K_QUANT_BLOCK = 256
 _TENSOR_PARALLEL = (2, 4, 8)
 
@@ -130,8 +131,35 @@ def _pieces(pair: Pair) -> Iterator[Result]:
     remedy = "copy the target's tokenizer files into the draft's folder, and train it on them if it was not"
     if not found:
         yield ENGINES, "ok", f"{pair.tokenizers[0].vocab_size} pieces, BOS, EOS and add_bos are the same", ""
-    for difference in found:
-        yield ENGINES, "fail", difference, remedy
+    ours, theirs = (tokenizer.pieces() for tokenizer in pair.tokenizers)
+    end = min(config.vocabulary for config in pair.configs)
+    compared = slice(_LLAMACPP_FIRST_COMPARED, end)
+    for i, difference in enumerate(found):
+        if i == 0 and ours != theirs and ours[compared] == theirs[compared]:  # the first is then the one on pieces
+            yield ENGINES[:4], "fail", difference, remedy
+            difference += f"; llama.cpp compares ids {_LLAMACPP_FIRST_COMPARED} to {end - 1} only"
+            yield ("llama.cpp",), "warn", difference, remedy
+        else:
+            yield ENGINES, "fail", difference, remedy
+
+
+def _vocab_type(pair: Pair) -> Iterator[Result]:
+    target, draft = (_stored_vocab(tokenizer.folder) for tokenizer in pair.tokenizers)
+    found, remedy = (
+        f"converted, target {target}, draft {draft}",
+        "copy the target's tokenizer files, tokenizer.model too",
+    )
+    yield ("llama.cpp",), "ok" if target == draft else "fail", found, remedy
+
+
+def _stored_vocab(folder: Path) -> str:
+    """What llama.cpp's converter makes of a Llama's tokenizer: of a tokenizer.json, SPM only with byte fallback."""
+    if (folder / "tokenizer.model").is_file():
+        return "SPM"
+    raw = read_json(folder / "tokenizer.json")
+    model, decoder = raw.get("model") or {}, raw.get("decoder") or {}
+    as_spm = model.get("type") == "BPE" and model.get("byte_fallback") and decoder.get("type") == "Sequence"
+    return "SPM" if as_spm else "BPE"
 
 
 def _tokenizer_files(pair: Pair) -> Iterator[Result]:
@@ -313,6 +341,7 @@ def _logits(pair: Pair) -> Iterator[Result]:
 RULES: dict[str, Callable[[Pair], Iterator[Result]]] = {
     "vocabulary size": _vocabulary,
     "tokenizer": _pieces,
+    "vocab type": _vocab_type,
     "tokenizer files": _tokenizer_files,
     "special ids": _special_ids,
     "add_eos": _add_eos,

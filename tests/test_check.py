@@ -81,11 +81,11 @@ def test_a_clean_pair_passes_for_every_engine(clean, prefix):
     assert main(["check", "--target", str(clean / f"{prefix}target"), "--draft", str(clean / f"{prefix}draft")]) == 0
 
 
-def swap_pieces(draft):
+def swap_pieces(draft, first=400):
     def swap(data):
         vocab = data["model"]["vocab"]
         by_id = {i: piece for piece, i in vocab.items()}
-        vocab[by_id[400]], vocab[by_id[401]] = 401, 400
+        vocab[by_id[first]], vocab[by_id[first + 1]] = first + 1, first
 
     edit(draft / "tokenizer.json", swap)
 
@@ -177,6 +177,38 @@ def test_what_is_planted_is_named(pair, plant, rule, verdict, engines, words):
         assert re.search(words, found[engine, rule][1])
     wrong = verdict == "fail"
     assert main(["check", "--target", str(pair / "target"), "--draft", str(pair / "draft")]) == (2 if wrong else 0)
+
+
+def test_llama_cpp_does_not_compare_the_first_five_pieces(pair):
+    swap_pieces(pair / "draft", first=3)
+    found = problems(pair)
+    assert {engine: found[engine, "tokenizer"][0] for engine in ENGINES} == {
+        **dict.fromkeys(ENGINES[:4], "fail"),
+        "llama.cpp": "warn",
+    }
+    assert "id 3 is" in found["llama.cpp", "tokenizer"][1]
+    assert "compares ids 5 to 511 only" in found["llama.cpp", "tokenizer"][1]
+
+
+@pytest.mark.parametrize("plant", [other_bos, other_add_bos, lambda draft: swap_pieces(draft, first=4)])
+def test_llama_cpp_fails_on_bos_and_on_a_piece_it_compares(pair, plant):
+    swap_pieces(pair / "draft", first=3)
+    plant(pair / "draft")
+    assert problems(pair)["llama.cpp", "tokenizer"][0] == "fail"
+
+
+def test_llama_cpp_needs_one_type_of_vocabulary(pair):
+    (pair / "draft" / "tokenizer.model").unlink()
+    assert ("llama.cpp", "vocab type") not in problems(pair)  # a BPE with byte fallback is stored as SPM too
+    whole = (pair / "draft" / "tokenizer.json").read_text()
+    for change in (
+        lambda data: data["model"].update(byte_fallback=False),
+        lambda data: data.update(decoder={"type": "Fuse"}),
+        lambda data: data.update(decoder=None),
+    ):
+        (pair / "draft" / "tokenizer.json").write_text(whole)
+        edit(pair / "draft" / "tokenizer.json", change)
+        assert problems(pair)["llama.cpp", "vocab type"] == ("fail", "converted, target SPM, draft BPE; ")
 
 
 def test_what_transformers_does_not_open_is_a_finding(pair, monkeypatch):
