@@ -111,12 +111,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--shape", default="50M", help="with --untrained: a preset's name or a size (default: 50M)")
     export.add_argument("--out", type=Path, required=True, help="the folder to write")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    export.add_argument(
+        "--vocabulary",
+        choices=("full", "draft"),
+        default="full",
+        help="of a draft with a draft vocabulary: plain weights for every engine, or its own head and the map d2t",
+    )
     export.add_argument("--evaluation", help="an Evaluate stage whose figures go into the model card")
     export.add_argument("--block-size", type=_positive, default=5, help="for assisted generation (default: 5)")
 
     check = verb("check", _check, "say which engines would take a draft for a target, and what to do", CHECK_EXAMPLE)
     _add_pair(check, draft_required=True)
-    check.add_argument("--engine", default="all", choices=(*_ENGINES, "all"), help="default: all")
+    check.add_argument(
+        "--engine", action="append", choices=(*_ENGINES, "all"), help="may be given repeatedly (default: all)"
+    )
 
     inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
     inspect.add_argument("folder", help="a model folder, owner/name[@revision] on the hub, or a run directory")
@@ -208,6 +216,7 @@ def _export(options: argparse.Namespace, command: list[str]) -> None:
         dtype=options.dtype,
         block_size=options.block_size,
         evaluation=options.evaluation,
+        vocabulary=options.vocabulary,
     )
     print(options.out)
 
@@ -216,7 +225,8 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.check import ENGINES, run_check
     from jaxdraft.models.hub import model_folder
 
-    engines = ENGINES if options.engine == "all" else (options.engine,)
+    asked = options.engine or ["all"]
+    engines = ENGINES if "all" in asked else tuple(engine for engine in ENGINES if engine in asked)
     if not run_check(model_folder(options.target), model_folder(options.draft), engines):
         raise ConfigError("something would not work: see above")
 

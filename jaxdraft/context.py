@@ -2,16 +2,21 @@
 
 import dataclasses
 import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 
+from jaxdraft.data.records import PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import MODEL
 from jaxdraft.models import ModelConfig
-from jaxdraft.models.hf import load_config, weight_files
+from jaxdraft.models.folder import weight_files
+from jaxdraft.models.hf import load_config
 from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe import HFModel, Recipe, Train
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
+
+VOCABULARY = "draft_vocabulary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +84,23 @@ class Context:
             max_positions=target.max_positions,
         )
 
+    def draft_vocabulary(self, stage: str) -> tuple[int, ...]:
+        """The tokens that a DraftVocabulary stage chose."""
+        return tuple(json.loads((self.folder(stage) / VOCABULARY).read_text())["ids"])
+
+    def rows(self, stage: str) -> PackedRows:
+        """The packed rows of a Prepare or Generate stage.
+
+        Raises:
+          ConfigError: they were made with another tokenizer.
+        """
+        packed = PackedRows(self.folder(stage))
+        if packed.manifest["tokenizer"] != self.tokenizer.fingerprint():
+            raise ConfigError(f"{packed.folder} was made with another tokenizer; delete it to make it anew")
+        return packed
+
     def trained_config(self, stage: Train) -> ModelConfig:
-        """The full shape of what a Train stage trains."""
+        """The full shape of what a Train stage trains, its draft vocabulary left out."""
         if stage.model is None:
             return self.draft_config()
         if stage.model.vocab_size is not None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdraft import __version__
 from jaxdraft.errors import ConfigError
-from jaxdraft.models import ModelConfig, init_params
+from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hf_config import eos_json
@@ -25,7 +25,14 @@ MODEL = "model"  # the folder in a Train stage's own that holds its model
 
 
 def export_stage(
-    run: Path, stage: str, out: Path, *, dtype: str = "float32", block_size: int = 5, evaluation: str | None = None
+    run: Path,
+    stage: str,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    block_size: int = 5,
+    evaluation: str | None = None,
+    vocabulary: str = "full",
 ) -> list[Path]:
     """Exports the model of a finished Train stage and returns the files written.
 
@@ -36,9 +43,11 @@ def export_stage(
       dtype: of the stored weights.
       block_size: draft tokens per block that transformers' assisted generation shall use.
       evaluation: the Evaluate stage whose figures go into the model card.
+      vocabulary: as in ``export_model``.
 
     Raises:
-      ConfigError: there is no such finished stage, or the evaluation did not measure it.
+      ConfigError: there is no such finished stage, or the evaluation did not measure it, or it has no draft vocabulary
+        to be exported with.
     """
     record = run / stage / "stage.json"
     made: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"status": "missing"}
@@ -73,6 +82,7 @@ def export_stage(
         block_size=block_size,
         provenance=provenance,
         evaluations=evaluations,
+        vocabulary=vocabulary,
     )
 
 
@@ -119,6 +129,7 @@ def export_model(
     block_size: int = 5,
     provenance: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, Any]] = (),
+    vocabulary: str = "full",
 ) -> list[Path]:
     """Writes a Hugging Face folder, byte-identical whenever its inputs are, and returns its files.
 
@@ -131,8 +142,19 @@ def export_model(
       block_size: draft tokens per block that transformers' assisted generation shall use.
       provenance: facts for the model card.
       evaluations: ``runs`` of a ``results.json``, for the model card.
+      vocabulary: ``"full"`` is plain weights, the rows outside a draft vocabulary as they were before it was chosen;
+        ``"draft"`` the draft vocabulary's rows of the head, and the map ``d2t``.
+
+    Raises:
+      ConfigError: there is no draft vocabulary to be exported with, or a weight does not fit into ``dtype``.
     """
-    weights = save_model(folder, config, params, dtype=jnp.dtype(dtype))
+    if vocabulary == "draft" and config.head_ids is None:
+        raise ConfigError("this draft has no draft vocabulary: export it with vocabulary full")
+    if vocabulary == "full" and config.head_ids is not None:
+        limited = f"{len(config.head_ids)} tokens in training and in figures below; all can be proposed here"
+        provenance = {**provenance, "draft vocabulary": limited}
+        config = dataclasses.replace(config, head_ids=None)
+    weights = save_model(folder, config, params, dtype=jnp.dtype(dtype), narrow_head=True)
     copied = [Path(shutil.copyfile(file, folder / file.name)) for file in tokenizer_files(tokenizer_folder)]
     # Assisted generation reads the draft's own file; its defaults are 20 tokens and a stop below confidence 0.4.
     generation = {
@@ -151,6 +173,8 @@ def export_model(
 def _check_readable(folder: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     """What was written reads back as what is in memory, to the bit once rounded to ``dtype``: so do its logits."""
     _, stored = load_model(folder, dtype=jnp.dtype(dtype))
+    if not config.tie_embeddings:
+        params, stored = ({**tree, "head": head_weight(config, tree)} for tree in (params, stored))
     names = jax.tree_util.tree_leaves_with_path(params)
     for (path, ours), theirs in zip(names, jax.tree.leaves(stored), strict=True):
         if not np.array_equal(np.asarray(jnp.asarray(ours, theirs.dtype)), np.asarray(theirs)):
@@ -158,6 +182,7 @@ def _check_readable(folder: Path, config: ModelConfig, params: Params, dtype: st
 
 
 def _card(config, dtype, block_size, provenance, evaluations) -> str:
+    proposed = "" if config.head_ids is None else f" ({len(config.head_ids)} of it proposed)"
     versions = f"jaxdraft {__version__}, jax {jax.__version__}"
     lines = [
         "---",
@@ -167,7 +192,7 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         f"# A draft model of {config.num_parameters:,} parameters",
         "",
         f"Made by jaxdraft for speculative decoding. {config.num_layers} layers, hidden size {config.hidden_size}, "
-        f"vocabulary {config.vocabulary}, weights in {dtype}.",
+        f"vocabulary {config.vocabulary}{proposed}, weights in {dtype}.",
         "",
         "| | |",
         "|---|---|",
@@ -177,7 +202,9 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         "",
         "```python",
         "target.generate(**inputs, assistant_model=draft)  # transformers, batch size 1",
-        'openvino_genai.LLMPipeline(target, "CPU", draft_model=openvino_genai.draft_model(draft, "CPU"))  # OpenVINO',
+        "# OpenVINO; greedily: sampling with a draft fails in 2026.4 (openvinotoolkit/openvino.genai#4190)",
+        'pipeline = openvino_genai.LLMPipeline(target, "CPU", draft_model=openvino_genai.draft_model(draft, "CPU"))',
+        f"pipeline.generate(prompt, max_new_tokens=128, num_assistant_tokens={block_size})",
         "```",
         "```sh",
         f'vllm serve TARGET --speculative-config \'{{"method": "draft_model", "model": "THIS_FOLDER", '
@@ -185,11 +212,14 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         "python -m sglang.launch_server --model-path TARGET --speculative-algorithm STANDALONE "
         f"--speculative-draft-model-path THIS_FOLDER --speculative-num-steps {block_size} "
         f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {block_size + 1}",
-        "optimum-cli export openvino --model THIS_FOLDER DRAFT_OV  # the draft of the OpenVINO line above",
+        "optimum-cli export openvino --task text-generation-with-past --model THIS_FOLDER DRAFT_OV  # OpenVINO's draft",
         "python convert_hf_to_gguf.py THIS_FOLDER --outfile draft.gguf  # llama.cpp, then:",
-        f"llama-server -m TARGET.gguf -md draft.gguf --spec-draft-n-max {block_size}  # older ones: --draft-max",
+        f"llama-server -m TARGET.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {block_size}",
         "jaxdraft evaluate --target TARGET --draft THIS_FOLDER --prompts prompts.jsonl --out results",
         "```",
+        "",
+        "llama.cpp proposes the draft's most likely tokens also where the target samples, and so does vLLM without "
+        '`"draft_sample_method": "probabilistic"`: fewer are then accepted than by rejection sampling.',
     ]
     if evaluations:
         lines += [

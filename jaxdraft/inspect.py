@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import safe_open
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.models.hf import load_config, weight_files
-from jaxdraft.models.hf_config import read_json
+from jaxdraft.models.folder import read_json, weight_files
+from jaxdraft.models.hf import load_config
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
 
 
@@ -44,6 +44,8 @@ def _model(folder: Path) -> Iterator[tuple[str, str]]:
     if c.sliding_window:
         yield "sliding window", f"{c.sliding_window} tokens"
     yield "vocabulary", f"{c.vocabulary:,} rows, head {'tied to' if c.tie_embeddings else 'apart from'} the embedding"
+    if c.head_ids is not None:
+        yield "draft vocabulary", f"{len(c.head_ids):,} tokens that the head can propose"
     scaling = type(c.rope_scaling).__name__ if c.rope_scaling else "no scaling"
     yield "rotary embedding", f"theta {c.rope_theta:g}, {scaling}, {c.max_positions:,} positions"
     yield (

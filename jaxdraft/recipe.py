@@ -82,6 +82,8 @@ class Train(OptimizerSettings, Stage):
       init: ``"random"``; ``"subclone"``, weights cut out of the target's, or ``"target-embedding"``, only its tables
         (``jaxdraft.models.subclone``); or the Train stage whose model is the start.
       model: the shape; ``None`` is the recipe's draft.
+      draft_vocabulary: the DraftVocabulary stage whose tokens alone the head proposes; ``None`` keeps those of
+        ``init``'s model, or all.
       accumulate: micro-batches per update.
       remat: recompute activations in the backward pass.
       save_every: steps between checkpoints to resume from.
@@ -93,6 +95,7 @@ class Train(OptimizerSettings, Stage):
     batch_size: int
     init: str = "random"
     model: ModelConfig | None = None
+    draft_vocabulary: str | None = None
     accumulate: int = 1
     remat: bool = False
     save_every: int = 1000
@@ -119,7 +122,8 @@ class Train(OptimizerSettings, Stage):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (*self.shares, *(() if self.init in INITS else (self.init,)))
+        start = () if self.init in INITS else (self.init,)
+        return (*self.shares, *start, *(() if self.draft_vocabulary is None else (self.draft_vocabulary,)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,32 @@ class Generate(Stage):
             raise ConfigError(f"{self.name}: top_p is {self.top_p}: it must lie in (0, 1]")
         if min(self.max_new_tokens, self.batch_size, self.shard_size, self.length - 1) < 1:
             raise ConfigError(f"{self.name}: max_new_tokens, batch_size, shard_size and length must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftVocabulary(Stage):
+    """Rows -> the tokens a draft may propose: the most frequent of the target's own text, and its end tokens.
+
+    Direct Alignment (arXiv 2403.00858, section 1) lets a draft share "the same or a subset of" the vocabulary; EAGLE-3
+    (arXiv 2503.01840) and FR-Spec (arXiv 2502.14856) do so. With a large vocabulary the head is most of a draft's work.
+    What the target writes does not change: a token that the draft cannot propose is one that it does not get accepted.
+
+    Attributes:
+      data: the stage whose labels are counted: of a Generate stage what the target wrote.
+      size: tokens, multiples of 128 suit every device.
+    """
+
+    data: str
+    size: int
+    uses_target: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ConfigError(f"{self.name}: size is {self.size}: it must be positive")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.data,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,12 +231,15 @@ class Export(Stage):
       dtype: of the stored weights.
       block_size: draft length that transformers' assisted generation is told to use.
       evaluation: an Evaluate stage whose figures go into the model card.
+      vocabulary: of a draft with a draft vocabulary: ``"full"`` is plain weights over the target's vocabulary, which
+        every engine loads; ``"draft"`` its own head and the map ``d2t``.
     """
 
     draft: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     block_size: int = 5
     evaluation: str | None = None
+    vocabulary: Literal["full", "draft"] = "full"
     uses_target: ClassVar[bool] = True
 
     @property
@@ -215,7 +248,8 @@ class Export(Stage):
 
 
 READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
-    Train: {"data": (Prepare, Generate), "init": (Train,)},
+    Train: {"data": (Prepare, Generate), "init": (Train,), "draft_vocabulary": (DraftVocabulary,)},
+    DraftVocabulary: {"data": (Prepare, Generate)},
     Evaluate: {"drafts": (Train,)},
     Export: {"draft": (Train,), "evaluation": (Evaluate,)},
 }

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft.checkpoint import Checkpoints
-from jaxdraft.context import Context
+from jaxdraft.context import VOCABULARY, Context
 from jaxdraft.data.pipeline import Batches, pack_concatenate, pack_whole
 from jaxdraft.data.prompts import Prompt, example_id
 from jaxdraft.data.records import MANIFEST, PackedRows, write_rows
@@ -24,9 +25,20 @@ from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params
-from jaxdraft.models.hf import load_model, save_model
+from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
-from jaxdraft.recipe import INITS, Evaluate, Export, Generate, HFModel, Prepare, Stage, Train, TrainTokenizer
+from jaxdraft.recipe import (
+    INITS,
+    DraftVocabulary,
+    Evaluate,
+    Export,
+    Generate,
+    HFModel,
+    Prepare,
+    Stage,
+    Train,
+    TrainTokenizer,
+)
 from jaxdraft.settings import to_json
 from jaxdraft.tokenizer_training import train_sentencepiece
 from jaxdraft.tokenizers import tokenizer_files
@@ -56,13 +68,8 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
 
 def run_train(stage: Train, context: Context) -> Outputs:
     folder, recipe = context.folder(stage.name), context.recipe
-    config, mesh = context.trained_config(stage), recipe.mesh.build()
-    rows = {name: PackedRows(context.folder(name)) for name in stage.shares}
-    for packed in rows.values():
-        if packed.manifest["tokenizer"] != context.tokenizer.fingerprint():
-            raise ConfigError(
-                f"{stage.name}: {packed.folder} was made with another tokenizer; delete it to make it anew"
-            )
+    mesh = recipe.mesh.build()
+    rows = {name: context.rows(name) for name in stage.shares}
     batches = Batches(
         rows,
         stage.shares,
@@ -72,7 +79,7 @@ def run_train(stage: Train, context: Context) -> Outputs:
         process_count=jax.process_count(),
     )
     target = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype()) if stage.uses_target else None
-    start = _start(stage, context, config, target, rows)
+    config, start = _start(stage, context, target, rows)
     teacher = target if stage.loss.needs_target else None
     params = train(
         folder,
@@ -98,31 +105,34 @@ def run_train(stage: Train, context: Context) -> Outputs:
         "steps": stage.steps,
         "tokens": int(sum(step["tokens"] for step in steps)),
         "loss": steps[-1]["loss"],
-        "shape": to_json(config),
+        "shape": to_json(context.trained_config(stage)),
+        **({} if config.head_ids is None else {"draft vocabulary": len(config.head_ids)}),
     }
 
 
 def _start(
     stage: Train,
     context: Context,
-    config: ModelConfig,
     target: tuple[ModelConfig, Params] | None,
     rows: Mapping[str, PackedRows],
-) -> Params:
-    """The parameters that training begins with."""
+) -> tuple[ModelConfig, Params]:
+    """The shape that is trained and the parameters that training begins with."""
+    config = context.trained_config(stage)
+    if stage.draft_vocabulary is not None:
+        config = dataclasses.replace(config, head_ids=context.draft_vocabulary(stage.draft_vocabulary))
     if stage.init not in INITS:
         started, params = load_model(context.model_folder(stage.init), mesh=context.recipe.mesh.build())
         if _shape(started) != _shape(config):
             raise ConfigError(f"{stage.name}: init={stage.init!r} is a model of another shape than is trained here")
-        return params
+        return dataclasses.replace(config, head_ids=config.head_ids or started.head_ids), params
     if target and stage.init == "subclone":
         first = next(iter(rows.values()))  # the same rows on every process
         calibration = [first[i]["tokens"] for i in range(min(CALIBRATION_ROWS, len(first)))]
-        return subclone(*target, config, jnp.asarray(np.stack(calibration), jnp.int32))
+        return config, subclone(*target, config, jnp.asarray(np.stack(calibration), jnp.int32))
     params = init_params(config, jax.random.fold_in(jax.random.key(context.recipe.seed), INIT_PURPOSE))
     if target and stage.init == "target-embedding":
-        return project_embedding(*target, config, params)
-    return params
+        return config, project_embedding(*target, config, params)
+    return config, params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +184,29 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     return [*paths, *files], {"answers": len(lines), "ended by EOS": f"{ended / len(lines):.0%}", **summary}
 
 
+def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
+    target, rows = context.draft_config(), context.rows(stage.data)
+    if stage.size > target.vocabulary:
+        raise ConfigError(f"{stage.name}: size is {stage.size}, the target's vocabulary {target.vocabulary}")
+    counts_V = np.zeros(target.vocabulary, np.int64)
+    with progress_bar(len(rows), stage.name, "row") as bar:
+        for i in range(len(rows)):
+            row = rows[i]
+            labels = row["tokens"][1:][row["loss_mask"][1:] > 0]
+            counts_V += np.bincount(labels, minlength=target.vocabulary)
+            bar.update(1)
+    if not counts_V.any():
+        raise ConfigError(f"{stage.name}: no token of {stage.data!r} is a label: there is nothing to count")
+    ends = list(target.eos_ids)
+    by_frequency = np.argsort(-counts_V, kind="stable")
+    ids = sorted([*ends, *by_frequency[~np.isin(by_frequency, ends)].tolist()][: stage.size])
+    coverage = float(counts_V[ids].sum() / counts_V.sum())
+    path = context.folder(stage.name) / VOCABULARY
+    path.write_text(json.dumps({"ids": ids, "coverage": coverage, "labels": int(counts_V.sum())}) + "\n")
+    seen = f"{coverage:.2%} of {counts_V.sum():,} labels"
+    return [path], {"tokens": len(ids), "of the target's": target.vocabulary, "cover": seen}
+
+
 def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
     folder = context.folder(stage.name)
     target = Model.load(context.target_folder)
@@ -209,6 +242,7 @@ def run_export(stage: Export, context: Context) -> Outputs:
         dtype=stage.dtype,
         block_size=stage.block_size,
         evaluation=stage.evaluation,
+        vocabulary=stage.vocabulary,
     )
     return written, {"folder": stage.name, "dtype": stage.dtype}
 
@@ -218,6 +252,7 @@ EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     Prepare: run_prepare,
     Train: run_train,
     Generate: run_generate,
+    DraftVocabulary: run_draft_vocabulary,
     Evaluate: run_evaluate,
     Export: run_export,
 }
@@ -301,7 +336,7 @@ def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: E
     """Exact offline block efficiency of every kept checkpoint: one pass over what the target wrote, no decoding."""
     train_stage = context.recipe.stage(name)
     assert isinstance(train_stage, Train)
-    config = context.trained_config(train_stage)
+    config = load_config(context.model_folder(name))
     shardings = state_shardings(config, train_stage, context.recipe.mesh.build())
     lines = []
     with Checkpoints(context.folder(name) / "checkpoints", train_stage.keep_every) as checkpoints:
@@ -331,5 +366,5 @@ def _relative(context: Context, draft: str) -> dict[str, str]:
 
 
 def _shape(config: ModelConfig) -> ModelConfig:
-    """Without what two spellings of one shape may differ in."""
-    return dataclasses.replace(config, head_dim=config.head_size)
+    """Without what two spellings of one shape may differ in, and without the draft vocabulary, which may change."""
+    return dataclasses.replace(config, head_dim=config.head_size, head_ids=None)

@@ -1,5 +1,6 @@
 """A whole recipe, really run: what is done stays done, what changed runs again, what was killed ends the same."""
 
+import collections
 import hashlib
 import importlib
 import json
@@ -21,7 +22,7 @@ from jaxdraft.data.records import PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import export_stage
 from jaxdraft.losses import TVDPlusPlus
-from jaxdraft.models.hf import load_model
+from jaxdraft.models.hf import load_config, load_model
 from jaxdraft.models.subclone import project_embedding, subclone
 from jaxdraft.recipe_file import load_recipe
 from jaxdraft.run import plan_all, run
@@ -126,7 +127,7 @@ def test_a_second_run_does_nothing(tiny_run):
 
 def test_a_changed_setting_reruns_its_stage_and_what_depends_on_it(copy, capsys):
     assert states(copy, "distill.learning_rate=2e-3") == {
-        **dict.fromkeys(("tokenizer", "corpus", "target", "pretrain", "responses"), "done"),
+        **dict.fromkeys(("tokenizer", "corpus", "target", "pretrain", "responses", "vocabulary"), "done"),
         "distill": "changed",
         "evaluate": "waiting",
         "export": "waiting",
@@ -144,6 +145,36 @@ def test_another_seed_or_shape_changes_what_depends_on_it(tiny_run):
     assert states(tiny_run, "draft.hidden_size=32")["pretrain"] == "changed"
     assert states(tiny_run, "draft.hidden_size=32")["target"] == "done"
     assert states(tiny_run, "seed=1")["tokenizer"] == "changed"
+
+
+def test_a_draft_vocabulary_is_the_most_frequent_of_what_the_target_wrote(tiny_run):
+    lines = [line for file in (tiny_run / "responses").glob("responses-*.jsonl") for line in read_jsonl(file)]
+    counts = collections.Counter(token for line in lines for token in line["tokens"])
+    record = json.loads((tiny_run / "vocabulary" / "draft_vocabulary.json").read_text())
+    ids, (eos,) = set(record["ids"]), load_config(tiny_run / "target" / "model").eos_ids
+    assert len(ids) == 256
+    assert eos in ids
+    rarest = min(counts[id] for id in ids - {eos})
+    assert max((count for token, count in counts.items() if token not in ids), default=0) <= rarest
+    assert record["coverage"] == sum(counts[id] for id in ids) / counts.total()
+
+
+def test_a_draft_with_a_draft_vocabulary_is_trained_measured_and_exported(tiny_run, tmp_path):
+    config, params = load_model(tiny_run / "distill" / "model")
+    assert list(config.head_ids) == json.loads((tiny_run / "vocabulary" / "draft_vocabulary.json").read_text())["ids"]
+    assert load_config(tiny_run / "pretrain" / "model").head_ids is None
+    assert load_config(tiny_run / "export").head_ids is None
+    export_stage(tiny_run, "distill", tmp_path / "own", vocabulary="draft")
+    own, own_params = load_model(tmp_path / "own")
+    assert own.head_ids == config.head_ids
+    np.testing.assert_array_equal(own_params["embed"], params["embed"])
+    with pytest.raises(ConfigError, match="no draft vocabulary"):
+        export_stage(tiny_run, "pretrain", tmp_path / "none", vocabulary="draft")
+    for line in read_jsonl(tiny_run / "evaluate" / "distill" / "samples.jsonl"):
+        at = 0
+        for accepted in line["accepted"]:
+            assert set(line["tokens"][at : at + accepted]) <= set(config.head_ids)
+            at += accepted + 1
 
 
 @pytest.mark.parametrize("init", ["subclone", "target-embedding"])
@@ -237,6 +268,7 @@ def test_a_damaged_row_file_is_named(copy):
 def test_an_export_holds_the_trained_weights_and_the_targets_tokenizer(tiny_run, tmp_path):
     exported = load_file(tiny_run / "export" / "model.safetensors")
     trained = load_file(tiny_run / "distill" / "model" / "model.safetensors")
+    del trained["d2t"]  # a full export holds plain weights
     assert exported.keys() == trained.keys()
     for name, weights in trained.items():
         assert exported[name].dtype.name == "bfloat16"

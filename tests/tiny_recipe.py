@@ -4,7 +4,7 @@ from jaxdraft.data.stdlib import PythonLibrary, PythonTask
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import CrossEntropy, TVDPlusPlus
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe import Evaluate, Export, Generate, Prepare, Recipe, Train, TrainTokenizer
+from jaxdraft.recipe import DraftVocabulary, Evaluate, Export, Generate, Prepare, Recipe, Train, TrainTokenizer
 
 TEXT = (PythonLibrary("text", limit=60),)
 
@@ -39,9 +39,11 @@ def recipe(*, steps: int = 6):
                 batch_size=4,
                 shard_size=4,
             ),
+            DraftVocabulary("vocabulary", data="responses", size=256),
             Train(
                 "distill",
                 init="pretrain",
+                draft_vocabulary="vocabulary",
                 data={"responses": 0.2, "corpus": 0.8},
                 loss=TVDPlusPlus(),
                 steps=steps,

@@ -22,12 +22,11 @@ from safetensors.numpy import save_file
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
-from jaxdraft.models.decoder import Params, init_boxed
-from jaxdraft.models.hf_config import config_json, load_config, read_json
+from jaxdraft.models.decoder import Params, head_weight, init_boxed
+from jaxdraft.models.folder import D2T, INDEX, WEIGHTS, weight_files, weight_map
+from jaxdraft.models.hf_config import config_json, load_config
 from jaxdraft.sharding import param_shardings
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F32", "BF16", "F16")
 
@@ -40,6 +39,7 @@ class Row(NamedTuple):
     in_axes: int | None  # None: stored as it is (tables and norms)
 
 
+_HEAD = Row("lm_head.weight", ("head",), 1)
 _SHARED = (
     Row("input_layernorm.weight", ("attn_norm",), None),
     Row("self_attn.o_proj.weight", ("wo",), 2),
@@ -92,6 +92,8 @@ def load_model(
     Raises:
       ConfigError: a tensor is missing, unknown, stored twice, of another shape than ``config.json`` says or of a
         dtype that holds no plain weights; the index does not fit its shards, or names one outside the folder.
+
+    A head stored with its draft vocabulary's rows only is read into a whole one, 0 elsewhere.
     """
     config = load_config(folder)
     boxed = jax.eval_shape(lambda: init_boxed(config, jax.random.key(0), scan=scan))
@@ -103,7 +105,9 @@ def load_model(
         shardings = param_shardings(mesh, boxed)
     stored = _headers(Path(folder))
     if config.tie_embeddings:
-        stored.pop("lm_head.weight", None)
+        stored.pop(_HEAD.name, None)
+    if config.head_ids is not None:
+        del stored[D2T]
     layers = [shapes[f"layers_{i}"] for i in range(config.num_layers)] if not scan else None
     layer_shapes = layers[0] if layers else {name: shape[1:] for name, shape in shapes["layers"].items()}
     _check_table(Path(folder), config, stored, shapes, layer_shapes)
@@ -119,6 +123,8 @@ def load_model(
     params: dict[str, Any] = {}
     for row in _outer_table(config):
         for name, read in parts(row, shapes):
+            if row == _HEAD and _is_narrow(config, stored):
+                read = functools.partial(_read_narrow_head, stored[row.name], config, np.dtype(dtype))
             params[name] = place(shapes[name], shardings[name], read)
     if not scan:
         for i in range(config.num_layers):
@@ -149,6 +155,7 @@ def save_model(
     params: Params,
     dtype: Any = jnp.float32,
     shard_bytes: int = SHARD_BYTES,
+    narrow_head: bool = False,
 ) -> list[Path]:
     """Writes ``config.json`` and safetensors such that transformers 4 and 5 and engines read the same model.
 
@@ -158,6 +165,7 @@ def save_model(
       params: with stacked layers.
       dtype: of the stored weights.
       shard_bytes: weights of more than this go into several files with an index.
+      narrow_head: store an untied head with its draft vocabulary's rows only.
 
     Returns:
       The files written.
@@ -168,6 +176,8 @@ def save_model(
     """
     folder, described = Path(folder), config_json(config, np.dtype(dtype).name)
     folder.mkdir(parents=True, exist_ok=True)
+    if narrow_head and not config.tie_embeddings:
+        params = {**params, "head": head_weight(config, params)}
     for old in [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX]:
         old.unlink(missing_ok=True)
     rows: list[tuple[Row, Callable[[str], jax.Array]]] = [(row, params.__getitem__) for row in _outer_table(config)]
@@ -184,47 +194,25 @@ def save_model(
         shards[-1].append((row, part))
         size, total = size + nbytes, total + nbytes
     written: list[Path] = []
-    weight_map: dict[str, str] = {}
+    names: dict[str, str] = {}
+    maps: dict[str, np.ndarray] = {}
+    if config.head_ids is not None:
+        maps[D2T] = np.asarray(config.head_ids, np.int64) - np.arange(len(config.head_ids))
+        total += maps[D2T].nbytes
     for n, shard in enumerate(shards, start=1):
         path = folder / (WEIGHTS if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors")
-        tensors = {row.name: _to_stored(row, part, np.dtype(dtype)) for row, part in shard}
-        weight_map |= dict.fromkeys(tensors, path.name)
+        tensors = {row.name: _to_stored(row, part, np.dtype(dtype)) for row, part in shard} | maps
+        maps = {}
+        names |= dict.fromkeys(tensors, path.name)
         # transformers 4.44 crashes on a file without this entry.
         save_file(tensors, path, metadata={"format": "pt"})
         written.append(path)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         written.append(folder / INDEX)
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     return [folder / "config.json", *written]
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a folder, in name order; one whole file goes before shards, as in transformers.
-
-    Raises:
-      ConfigError: there is none, or the index names a path instead of a file beside it.
-    """
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise ConfigError(f"{folder / WEIGHTS} does not exist: a model folder holds {WEIGHTS}, or shards and {INDEX}")
-    names = sorted(set(_weight_map(folder).values()))
-    if bad := [n for n in names if Path(n).name != n or "\0" in n or not n.endswith(".safetensors")]:
-        raise ConfigError(f"{folder / INDEX}: shard {bad[0]!r} is not a safetensors file of this folder")
-    files = [folder / name for name in names]
-    if missing := [f for f in files if not f.is_file()]:
-        raise ConfigError(f"{missing[0]} does not exist, but {INDEX} names it: is the download complete?")
-    return files
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    found = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise ConfigError(f"{folder / INDEX}: no weight_map from tensors to files")
-    return found
 
 
 def _headers(folder: Path) -> dict[str, _Stored]:
@@ -239,7 +227,7 @@ def _headers(folder: Path) -> dict[str, _Stored]:
                         raise ConfigError(f"{path}: tensor {name} is also stored in {stored[name].file.name}")
                     if name.endswith("rotary_emb.inv_freq"):
                         continue  # old checkpoints store the rotary frequencies, which follow from theta
-                    if part.get_dtype() not in _DTYPES:
+                    if part.get_dtype() not in _DTYPES and name != D2T:
                         raise ConfigError(
                             f"{path}: tensor {name} is of dtype {part.get_dtype()}: give weights of float32, bfloat16 "
                             "or float16, not quantised ones"
@@ -248,7 +236,7 @@ def _headers(folder: Path) -> dict[str, _Stored]:
         except SafetensorError as error:
             raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
     if not (folder / WEIGHTS).is_file():
-        for name, file in _weight_map(folder).items():
+        for name, file in weight_map(folder).items():
             if name in stored and stored[name].file.name != file:
                 raise ConfigError(f"{folder / INDEX}: tensor {name} is in {stored[name].file.name}, not in {file}")
     return stored
@@ -262,6 +250,8 @@ def _check_table(folder: Path, config: ModelConfig, stored: dict[str, _Stored], 
         raise ConfigError(f"{folder}: tensor {missing[0]} is missing{_and_more(missing)}")
     if unknown := [name for name in stored if name not in wanted]:
         raise ConfigError(f"{folder}: unknown tensors {', '.join(sorted(unknown)[:5])} ({len(unknown)} in all)")
+    if _is_narrow(config, stored):
+        wanted[_HEAD.name] = len(config.head_ids or ()), config.hidden_size
     for name, want in wanted.items():
         if stored[name].shape != want:
             raise ConfigError(f"{folder}: tensor {name} has shape {stored[name].shape}; config.json implies {want}")
@@ -293,6 +283,23 @@ def _read(file: Path, row: Row, shape: tuple[int, ...], offset: int, dtype: np.d
     return np.ascontiguousarray(part.T.reshape(local))
 
 
+def _is_narrow(config: ModelConfig, stored: dict[str, _Stored]) -> bool:
+    if config.head_ids is None or config.tie_embeddings:
+        return False
+    return stored[_HEAD.name].shape[0] == len(config.head_ids)
+
+
+def _read_narrow_head(stored: _Stored, config: ModelConfig, dtype: np.dtype, index: Any) -> np.ndarray:
+    dims, tokens = range(config.hidden_size)[index[0]], range(config.vocabulary)[index[1]]
+    with safe_open(stored.file, framework="numpy") as opened:
+        rows_RD = opened.get_slice(_HEAD.name)[:, dims.start : dims.stop].astype(dtype)
+    part_DV = np.zeros((len(dims), len(tokens)), dtype)
+    ids_R = np.asarray(config.head_ids) - tokens.start
+    here_R = (ids_R >= 0) & (ids_R < len(tokens))
+    part_DV[:, ids_R[here_R]] = rows_RD[here_R].T
+    return part_DV
+
+
 def _layer_part(layers: Params, i: int, name: str) -> jax.Array:
     return layers[name][i]
 
@@ -316,7 +323,7 @@ def _to_stored(row: Row, part: Callable[[str], jax.Array], dtype: np.dtype) -> n
 
 def _outer_table(config: ModelConfig) -> tuple[Row, ...]:
     rows = (Row("model.embed_tokens.weight", ("embed",), None), Row("model.norm.weight", ("final_norm",), None))
-    return rows if config.tie_embeddings else (*rows, Row("lm_head.weight", ("head",), 1))
+    return rows if config.tie_embeddings else (*rows, _HEAD)
 
 
 def _layer_rows(config: ModelConfig, layer: int) -> list[Row]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
+from jaxdraft.models.folder import head_ids, read_json
 from jaxdraft.models.rope import Llama3Scaling, LongRope, Scaling, longrope_attention
 
 ARCHITECTURES = {
@@ -50,7 +51,11 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"),
     ),
     ("a whole number above 0", _size, (*_NEEDED, "max_position_embeddings", _ORIGINAL)),
-    ("a whole number above 0, or null", _or_null(_size), ("num_key_value_heads", "head_dim", "sliding_window")),
+    (
+        "a whole number above 0, or null",
+        _or_null(_size),
+        ("num_key_value_heads", "head_dim", "sliding_window", "draft_vocab_size"),
+    ),
     ("a whole number or null", _or_null(_whole), ("bos_token_id",)),
     (
         "a whole number, a list of them, or null",
@@ -101,7 +106,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     }
     if found := [what for what, present in unsupported.items() if present]:
         raise ConfigError(f"{path}: {', '.join(found)} is not supported by this version of jaxdraft")
-    eos = _end_tokens(folder, raw)
+    eos, rows = _end_tokens(folder, raw), raw.get("draft_vocab_size")
     return ModelConfig(
         family=family,
         vocab_size=raw["vocab_size"],
@@ -120,6 +125,7 @@ def load_config(folder: str | Path) -> ModelConfig:
         max_positions=raw.get("max_position_embeddings", 2048),
         bos_id=raw.get("bos_token_id"),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        head_ids=None if rows is None else head_ids(Path(folder), rows),
     )
 
 
@@ -163,29 +169,13 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
         **own[config.family],
+        **({} if config.head_ids is None else {"draft_vocab_size": len(config.head_ids)}),
     }
 
 
 def eos_json(config: ModelConfig) -> int | list[int] | None:
     """End tokens as Hugging Face files hold them: one number, a list, or null."""
     return config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object a JSON file of a model folder holds.
-
-    Raises:
-      ConfigError: no such file, or no JSON object in it.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give a Hugging Face model folder") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value
 
 
 def _check_kinds(path: Path, holder: dict[str, Any], prefix: str = "") -> None:

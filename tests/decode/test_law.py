@@ -71,6 +71,12 @@ def test_speculative_sampling_follows_the_targets_law(models, law):
     assert pvalue(speculate(models), law) > 1e-6
 
 
+def test_a_draft_that_knows_only_some_tokens_leaves_the_law_as_it_is(models, law):
+    target, target_params, draft, draft_params = models
+    narrow = Decoder(dataclasses.replace(draft.config, head_ids=(0, 3)), scan=False)
+    assert pvalue(speculate((target, target_params, narrow, draft_params)), law) > 1e-6
+
+
 verify, probabilities, prefill = speculative.verify, speculative.probabilities, speculative.prefill
 
 

@@ -49,6 +49,31 @@ def naive(loss, draft_hidden_ND, draft_head_DV, labels_N, weights_N, target_hidd
     return jnp.sum(loss.rows(logits_NV, target, labels_N) * weights_N), metrics
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_draft_vocabulary_equals_unchunked_rows_of_it(loss):
+    draft_hidden, draft_head, labels, weights, target_hidden, target_head = example()
+    ids = jnp.sort(jnp.asarray(np.random.default_rng(1).permutation(V)[:60]))
+    place = {token: i for i, token in enumerate(ids.tolist())}
+    places = np.asarray([place.get(int(label), -1) for label in labels])
+    assert 0 < (places >= 0).sum() < N
+
+    def ours(hidden, head):
+        out = chunked(loss, hidden, head, labels, weights, target_hidden, target_head, draft_ids_R=ids, chunk=64)
+        return out.sum, out.metrics
+
+    def plain(hidden, head):
+        logits_NR, target = hidden @ head, DenseTarget(target_hidden @ target_head, ids)
+        log_p, log_q = log_probs(logits_NR, loss.temperature), target.log_probs(loss.temperature)
+        metrics = {"acceptance": overlap(log_p, log_q), "agreement": agreement(logits_NR, *target)}
+        sums = {name: jnp.sum(value_N * weights) for name, value_N in metrics.items()}
+        return jnp.sum(loss.rows(logits_NR, target, places) * weights), sums
+
+    grads = [jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)) for f in (ours, plain)]
+    assert_close(*(grad(draft_hidden, draft_head[:, ids]) for grad in grads))
+    with pytest.raises(ValueError, match="draft_ids_R has shape"):
+        chunked(loss, draft_hidden, draft_head, labels, weights, target_hidden, target_head, draft_ids_R=ids)
+
+
 def assert_close(actual, expected, tolerance=1e-5):
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())

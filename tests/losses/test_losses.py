@@ -65,6 +65,33 @@ def test_value_and_gradient_equal_the_closed_form(kind, temperature):
             np.testing.assert_allclose(grad_CV, expected_CV, rtol=0, atol=tolerance * np.abs(expected_CV).max())
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_draft_vocabulary_counts_the_targets_mass_outside_as_lost(kind):
+    ids_R, temperature = np.asarray([0, 2, 3, *range(20, 50)]), 0.7
+    draft_CV, target_CV, _ = example()
+    p, q = softmax(draft_CV[:, ids_R], temperature), softmax(target_CV, temperature)
+    labels_C = np.arange(C) - 1  # the first is outside: -1
+    label = np.arange(len(ids_R)) == labels_C[:, None]
+    q_R = q[:, ids_R]
+    mass = q_R.sum(-1, keepdims=True)
+    r = q_R > p
+    A = (p * r).sum(-1, keepdims=True)
+    tvd = 0.5 * (np.abs(p - q_R).sum(-1) + 1 - mass[:, 0])
+    expected_C, expected_CR = {
+        CrossEntropy: (-(np.log(p) * label).sum(-1), np.where(labels_C[:, None] < 0, 0, p - label)),
+        KL: ((q_R * np.log(q_R / p)).sum(-1), mass * p - q_R),
+        TVD: (tvd, -p * (r - A)),
+        TVDPlusPlus: (tvd, -p * (r - A) / np.sqrt(A * (1 - A))),
+    }[kind]
+    with jax.enable_x64(True):
+        draft_CR, ids = jnp.asarray(draft_CV[:, ids_R]), jnp.asarray(ids_R)
+        rows = lambda draft_CR: kind(temperature).rows(draft_CR, DenseTarget(jnp.asarray(target_CV), ids), labels_C)
+        loss_C, pullback = jax.vjp(rows, draft_CR)
+        (grad_CR,) = pullback(jnp.ones(C))
+    np.testing.assert_allclose(loss_C, expected_C, rtol=1e-10)
+    np.testing.assert_allclose(grad_CR, expected_CR / temperature, rtol=0, atol=1e-10)
+
+
 def test_gradient_norms_of_the_docstrings():
     draft_CV, target_CV, labels_C = example(np.float32)
     p_CV, q_CV = softmax(draft_CV, 1), softmax(target_CV, 1)
@@ -150,3 +177,10 @@ def test_agreement_is_the_same_top_token():
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ConfigError, match="TVDPlusPlus: temperature must be positive"):
         TVDPlusPlus(temperature=temperature)
+
+
+def test_agreement_with_a_draft_vocabulary_needs_the_targets_first_token_in_it():
+    target_CV = np.asarray([[0.0, 3.0, 1.0, 2.0]] * 3)
+    draft_CR = np.asarray([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0]])
+    np.testing.assert_array_equal(agreement(draft_CR, target_CV, np.asarray([1, 3])), [1, 0, 1])
+    np.testing.assert_array_equal(agreement(draft_CR, target_CV, np.asarray([2, 3])), [0, 0, 0])

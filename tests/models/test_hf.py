@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig, for_decoding, init_params
-from jaxdraft.models.hf import INDEX, load_config, load_model, save_model
+from jaxdraft.models.folder import INDEX
+from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hub import model_folder
 from jaxdraft.models.rope import LongRope
 

@@ -1,0 +1,85 @@
+"""The files of a Hugging Face model folder: which there are, and the small ones read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxdraft.errors import ConfigError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+D2T = "d2t"
+"""Tensor that maps rows of a draft vocabulary to tokens, as in EAGLE-3's folders: int64, token id less row."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object a JSON file of a model folder holds.
+
+    Raises:
+      ConfigError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give a Hugging Face model folder") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return value
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder, in name order; one whole file goes before shards, as in transformers.
+
+    Raises:
+      ConfigError: there is none, or the index names a path instead of a file beside it.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        raise ConfigError(f"{folder / WEIGHTS} does not exist: a model folder holds {WEIGHTS}, or shards and {INDEX}")
+    names = sorted(set(weight_map(folder).values()))
+    if bad := [n for n in names if Path(n).name != n or "\0" in n or not n.endswith(".safetensors")]:
+        raise ConfigError(f"{folder / INDEX}: shard {bad[0]!r} is not a safetensors file of this folder")
+    files = [folder / name for name in names]
+    if missing := [f for f in files if not f.is_file()]:
+        raise ConfigError(f"{missing[0]} does not exist, but {INDEX} names it: is the download complete?")
+    return files
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds each tensor, by the index.
+
+    Raises:
+      ConfigError: the index is damaged.
+    """
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise ConfigError(f"{folder / INDEX}: no weight_map from tensors to files")
+    return found
+
+
+def head_ids(folder: Path, size: int) -> tuple[int, ...]:
+    """The draft vocabulary of a folder whose ``config.json`` has a ``draft_vocab_size``.
+
+    Raises:
+      ConfigError: there is no map of that size.
+    """
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if D2T in file.keys():  # noqa: SIM118 - not a dict
+                    offsets_R = file.get_tensor(D2T)
+                    break
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
+    else:
+        raise ConfigError(f"{folder}: config.json has a draft_vocab_size, but no file the map {D2T}")
+    if offsets_R.shape != (size,) or offsets_R.dtype.kind != "i":
+        raise ConfigError(f"{folder}: {D2T} is {offsets_R.dtype}{list(offsets_R.shape)}; draft_vocab_size is {size}")
+    return tuple((offsets_R + np.arange(size)).tolist())
