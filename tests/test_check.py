@@ -36,7 +36,7 @@ DRAFT = dataclasses.replace(TARGET, num_layers=1, intermediate_size=256)
 
 def write(folder, config, tokenizer):
     params = init_params(config, jax.random.key(0))
-    export_model(folder, config, params, tokenizer, provenance={})
+    export_model(folder, config, params, tokenizer, provenance={}, vocabulary="draft" if config.head_ids else "full")
     return folder
 
 
@@ -111,6 +111,14 @@ def other_bos(draft):
     edit(draft / "tokenizer_config.json", lambda data: data.update(bos_token="</s>"))
 
 
+def other_eos(draft):
+    edit(draft / "tokenizer_config.json", lambda data: data.update(eos_token="<s>"))
+
+
+def other_pad(draft):
+    edit(draft / "tokenizer_config.json", lambda data: data.update(pad_token="<s>"))
+
+
 def other_add_eos(draft):
     edit(draft / "tokenizer_config.json", lambda data: data.update(add_eos_token=True))
 
@@ -140,7 +148,9 @@ def only_in_rope_scaling(draft):
         (swap_pieces, "tokenizer", "fail", set(ENGINES), "id 400 is .* 2 of 512 pieces differ"),
         (other_bos, "tokenizer", "fail", set(ENGINES), "BOS is 1 in the target and 2 in the draft"),
         (other_add_bos, "tokenizer", "fail", set(ENGINES), "add_bos is True in the target and False in the draft"),
-        (config_change(bos_token_id=5), "special ids", "fail", {"llama.cpp"}, "bos_id is 1 in the target, 5"),
+        (config_change(bos_token_id=5), "special ids", "warn", set(ENGINES), "bos_id is 1 in the target, 5"),
+        (other_eos, "tokenizer", "fail", set(ENGINES[:4]), "EOS is 2 in the target and 1 in the draft"),
+        (other_pad, "pad token", "fail", {"openvino"}, "pad_token: target None, draft <s>"),
         (other_add_eos, "add_eos", "fail", {"llama.cpp"}, "target False, draft True"),
         (truncated_weights, "safetensors format", "fail", set(ENGINES), "HeaderTooLarge|header|Metadata"),
         (pickled, "pickled weights", "warn", set(ENGINES), "pytorch_model.bin can run code"),
@@ -227,13 +237,19 @@ def test_what_transformers_does_not_open_is_a_finding(pair, monkeypatch):
 @pytest.mark.parametrize(
     "change, rule, verdict, engines, words",
     [
-        ({"vocab_size": 520}, "vocabulary size", "fail", set(ENGINES[:4]), "target 512, draft 520"),
-        ({"vocab_size": 520}, "vocabulary size", "warn", {"llama.cpp"}, "target 512, draft 520"),
-        ({"head_dim": 48}, "head size", "fail", SERVERS, "head_dim 48"),
+        ({"vocab_size": 520}, "vocabulary size", "fail", {"transformers"} | SERVERS, "target 512, draft 520"),
+        ({"vocab_size": 520}, "vocabulary size", "warn", {"openvino", "llama.cpp"}, "target 512, draft 520"),
+        ({"head_dim": 48}, "head size", "fail", {"vllm"}, "head_dim 48: taken by vLLM 0.33, not by older ones"),
+        ({"head_dim": 48}, "head size", "warn", {"sglang", "llama.cpp"}, "head_dim 48"),
+        ({"num_heads": 6, "num_kv_heads": 6, "head_dim": 64}, "heads", "fail", set(ENGINES[:4]), "256, 6 heads"),
+        ({"family": "phi3", "sliding_window": 64}, "sliding window", "warn", {"llama.cpp", "sglang"}, "window 64"),
+        ({"family": "mistral", "sliding_window": 64}, "sliding window", "warn", {"llama.cpp"}, "window 64"),
+        ({"head_ids": tuple(range(128))}, "draft vocabulary", "fail", set(ENGINES), "proposes 128 of 512 tokens"),
         ({"intermediate_size": 1408}, "K-quants", "warn", {"llama.cpp"}, "intermediate_size 1408"),
         ({"num_layers": 20}, "size", "fail", set(ENGINES), "draft .* of .* parameters"),
-        ({"num_heads": 2, "num_kv_heads": 2, "head_dim": 64}, "tensor parallelism", "warn", {"vllm"}, "not over 4"),
-        ({"max_positions": 512}, "context", "warn", set(ENGINES), "target 2048, draft 512"),
+        ({"num_heads": 2, "num_kv_heads": 2, "head_dim": 64}, "tensor parallelism", "warn", SERVERS, "not over 4"),
+        ({"max_positions": 512}, "context", "fail", {"sglang"}, "target 2048, draft 512"),
+        ({"max_positions": 512}, "context", "warn", set(ENGINES) - {"sglang"}, "target 2048, draft 512"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_named(clean, tmp_path, change, rule, verdict, engines, words):
@@ -248,6 +264,8 @@ def test_each_engine_can_be_asked_alone(clean, capsys, engine):
     pair = ["--target", str(clean / "target"), "--draft", str(clean / "draft")]
     assert main(["check", *pair, "--engine", engine]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line in ENGINES] == [engine]
+    assert main(["check", *pair, "--engine", engine, "--engine", "vllm"]) == 0
+    assert {line for line in capsys.readouterr().out.splitlines() if line in ENGINES} == {engine, "vllm"}
 
 
 def test_phi3_without_its_sentencepiece_model_is_named(pair):
@@ -263,6 +281,7 @@ def test_an_untrained_draft_is_a_whole_folder(clean, tmp_path):
     assert config == dataclasses.replace(load_model(tmp_path / "draft")[0])
     assert problems(Path(shutil.copytree(clean / "target", tmp_path / "target")).parent).keys() == {
         ("llama.cpp", "K-quants"),
+        ("sglang", "tensor parallelism"),
         ("vllm", "tensor parallelism"),
     }
     assert main(["export", "--untrained", "--target", str(clean / "target"), "--out", str(tmp_path / "x")]) == 2
