@@ -5,16 +5,19 @@ load a draft model. Seen in running them: transformers 4.44.2, 4.57.6, 5.5.4 and
 llama.cpp at 0c1e570. Read in their sources: vLLM 0.33.0, SGLang 0.5.23.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import sentencepiece
 from safetensors import safe_open
 
+from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig
 from jaxdraft.models.folder import D2T, read_json, weight_files
-from jaxdraft.models.hf import load_config
+from jaxdraft.models.hf import check_weights, load_config, load_model
 from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
 
 ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
@@ -95,6 +98,28 @@ def _pieces(pair: Pair) -> Iterator[Result]:
             yield ENGINES, "fail", difference, remedy
 
 
+def _converted_pieces(pair: Pair) -> Iterator[Result]:
+    target, draft = (_stored_pieces(tokenizer) for tokenizer in pair.tokenizers)
+    compared = range(_LLAMACPP_FIRST_COMPARED, min(len(target), len(draft)))
+    apart = [i for i in compared if target[i] != draft[i]]
+    if apart:
+        i = apart[0]
+        found = f"converted, id {i} is {target[i]!r} in the target and {draft[i]!r} in the draft ({len(apart)} differ)"
+        remedy = "copy the target's tokenizer files; of a Llama llama.cpp converts tokenizer.model where there is one"
+        yield ("llama.cpp",), "fail", found, remedy
+
+
+def _stored_pieces(tokenizer: Tokenizer) -> list[str]:
+    path = tokenizer.folder / "tokenizer.model"
+    if not path.is_file():
+        return tokenizer.pieces()
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
+    return [model.id_to_piece(i) for i in range(model.get_piece_size())]
+
+
 def _vocab_type(pair: Pair) -> Iterator[Result]:
     target, draft = (_stored_vocab(tokenizer.folder) for tokenizer in pair.tokenizers)
     found, remedy = (
@@ -141,11 +166,12 @@ def _pad(pair: Pair) -> Iterator[Result]:
     yield ("openvino",), "ok" if target == draft else "fail", found, remedy
 
 
-def _add_eos(pair: Pair) -> Iterator[Result]:
+def _added_tokens(pair: Pair) -> Iterator[Result]:
     paths = [folder / "tokenizer_config.json" for folder in pair.folders]
-    target, draft = (bool(path.is_file() and read_json(path).get("add_eos_token")) for path in paths)
-    found, remedy = f"add_eos_token: target {target}, draft {draft}", "copy the target's tokenizer_config.json"
-    yield ("llama.cpp",), "ok" if target == draft else "fail", found, remedy
+    for key in ("add_bos_token", "add_eos_token"):
+        target, draft = (read_json(path).get(key) if path.is_file() else None for path in paths)
+        found, remedy = f"{key}: target {target}, draft {draft}", "copy the target's tokenizer_config.json"
+        yield ("llama.cpp",), "ok" if target == draft else "fail", found, remedy
 
 
 def _convertible(pair: Pair) -> Iterator[Result]:
@@ -200,6 +226,24 @@ def _k_quants(pair: Pair) -> Iterator[Result]:
         yield ("llama.cpp",), "warn", found, f"convert to {plain}, not to a K-quant such as Q4_K_M"
     else:
         yield ("llama.cpp",), "ok", "every row divides into K-quant blocks of 256", ""
+
+
+def _weights(pair: Pair) -> Iterator[Result]:
+    for folder in pair.folders:
+        check_weights(folder)
+    config, params = load_model(pair.folders[1])
+    if bad := [name for name, x in _leaves(params) if not np.isfinite(x).all()]:
+        yield ENGINES, "fail", f"{pair.folders[1].name}: {bad[0]} holds numbers that are not finite", "train it anew"
+    else:
+        yield ENGINES, "ok", f"every tensor is there; {config.num_parameters:,} finite numbers in the draft", ""
+
+
+def _leaves(params: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", x) for inner, x in _leaves(value))
+        else:
+            yield name, np.asarray(value)
 
 
 def _metadata(pair: Pair) -> Iterator[Result]:
@@ -301,10 +345,8 @@ def _logits(pair: Pair) -> Iterator[Result]:
         yield ("transformers",), "skip", "torch is not installed here: logits were not compared", ""
         return
     import jax.numpy as jnp
-    import numpy as np
 
     from jaxdraft.models import Decoder, head_weight, logits
-    from jaxdraft.models.hf import load_model
 
     config, params = load_model(pair.folders[1])
     tokens = np.arange(32)[None] * 37 % config.vocabulary
@@ -331,13 +373,15 @@ RULES: dict[str, Callable[[Pair], Iterator[Result]]] = {
     "vocab type": _vocab_type,
     "tokenizer files": _tokenizer_files,
     "special ids": _special_ids,
-    "add_eos": _add_eos,
+    "converted pieces": _converted_pieces,
+    "added tokens": _added_tokens,
     "pad token": _pad,
     "conversion": _convertible,
     "head size": _head_size,
     "heads": _head_count,
     "sliding window": _window,
     "K-quants": _k_quants,
+    "weights": _weights,
     "safetensors format": _metadata,
     "rope dialects": _rope_dialects,
     "size": _size,

@@ -201,11 +201,15 @@ def _export(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.models.hub import model_folder
 
     if options.untrained:
+        from jaxdraft.models.hf import load_config
+
         if options.target is None:
             raise ConfigError("--untrained needs --target, the model the draft is to be for")
         target, how = model_folder(options.target), {"dtype": options.dtype, "block_size": options.block_size}
         export_untrained(target, options.shape, options.out, **how)
-        print(options.out)
+        made = load_config(options.out)
+        size = f"{made.num_parameters:,} parameters: {made.num_layers} layers, hidden size {made.hidden_size}"
+        print(f"{options.out}: {size}, {made.num_heads} heads")
         return
     if options.run is None or options.stage is None:
         raise ConfigError("name what to export: --run and --stage, or --untrained and --target")

@@ -58,7 +58,9 @@ class Context:
     def target_shape(self) -> ModelConfig:
         """The target's shape; of one that a stage is yet to train, perhaps without vocabulary."""
         if isinstance(self.recipe.target, HFModel):
-            return load_config(self.target_folder)
+            config = load_config(self.target_folder)
+            config.check_target()
+            return config
         stage = self.recipe.stage(self.recipe.target)
         assert isinstance(stage, Train)
         return stage.model or self.recipe.draft
@@ -66,7 +68,7 @@ class Context:
     def draft_config(self) -> ModelConfig:
         """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
         if isinstance(self.recipe.target, HFModel):
-            target = load_config(self.target_folder)
+            target = self.target_shape
         else:
             stage = self.recipe.stage(self.recipe.target)
             assert isinstance(stage, Train)

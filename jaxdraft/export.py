@@ -16,11 +16,14 @@ from jaxdraft import __version__
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params
+from jaxdraft.models.folder import INDEX, WEIGHTS
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hf_config import eos_json
 from jaxdraft.models.presets import preset
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
 
+CARD = "README.md"
+_MADE = "Made by jaxdraft for speculative decoding"
 MODEL = "model"  # the folder in a Train stage's own that holds its model
 
 
@@ -103,7 +106,7 @@ def export_untrained(
       ConfigError: no such preset, or one of another vocabulary than the target's.
     """
     model = load_config(target)
-    number = re.fullmatch(r"([0-9.]+)([KMB]?)", shape)
+    number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMB]?)", shape.upper())
     if number:
         count = float(number[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[number[2]]
         draft = ModelConfig.for_target(model, parameters=int(count))
@@ -114,6 +117,8 @@ def export_untrained(
         draft = dataclasses.replace(
             draft, bos_id=model.bos_id, eos_ids=model.eos_ids, max_positions=model.max_positions
         )
+    if draft.num_parameters >= model.num_parameters:
+        raise ConfigError(f"{shape} has {draft.num_parameters:,} parameters, {target} only {model.num_parameters:,}")
     provenance = {"recipe": "none: untrained", "target": target.name, "shape": shape, "seed": seed}
     params = init_params(draft, jax.random.key(seed))
     return export_model(out, draft, params, target, dtype=dtype, block_size=block_size, provenance=provenance)
@@ -142,19 +147,27 @@ def export_model(
       block_size: draft tokens per block that transformers' assisted generation shall use.
       provenance: facts for the model card.
       evaluations: ``runs`` of a ``results.json``, for the model card.
-      vocabulary: ``"full"`` is plain weights, the rows outside a draft vocabulary as they were before it was chosen;
-        ``"draft"`` the draft vocabulary's rows of the head, and the map ``d2t``.
+      vocabulary: ``"full"`` is plain weights: rows outside a draft vocabulary propose too, as they learned to before it
+        was chosen, so a draft that was never trained on all tokens gets worse; ``"draft"`` the draft vocabulary's rows
+        of the head, and the map ``d2t``.
 
     Raises:
-      ConfigError: there is no draft vocabulary to be exported with, or a weight does not fit into ``dtype``.
+      ConfigError: the folder holds a model of another origin, there is no draft vocabulary to be exported with, or a
+        weight does not fit into ``dtype``.
     """
+    _check_out(folder, tokenizer_folder)
     if vocabulary == "draft" and config.head_ids is None:
         raise ConfigError("this draft has no draft vocabulary: export it with vocabulary full")
     if vocabulary == "full" and config.head_ids is not None:
         limited = f"{len(config.head_ids)} tokens in training and in figures below; all can be proposed here"
         provenance = {**provenance, "draft vocabulary": limited}
         config = dataclasses.replace(config, head_ids=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    # First of all: it marks the folder as one that an export may write to again.
+    (folder / CARD).write_text(_card(config, dtype, block_size, provenance, evaluations))
     weights = save_model(folder, config, params, dtype=jnp.dtype(dtype), narrow_head=True)
+    for stale in tokenizer_files(folder):
+        stale.unlink()
     copied = [Path(shutil.copyfile(file, folder / file.name)) for file in tokenizer_files(tokenizer_folder)]
     # Assisted generation reads the draft's own file; its defaults are 20 tokens and a stop below confidence 0.4.
     generation = {
@@ -165,9 +178,17 @@ def export_model(
         "assistant_confidence_threshold": 0.0,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    (folder / "README.md").write_text(_card(config, dtype, block_size, provenance, evaluations))
     _check_readable(folder, config, params, dtype)
-    return [*weights, folder / "generation_config.json", folder / "README.md", *copied]
+    return [*weights, folder / "generation_config.json", folder / CARD, *copied]
+
+
+def _check_out(folder: Path, tokenizer_folder: Path) -> None:
+    """Weights cannot be had back: nothing but an earlier export is written over."""
+    card = folder / CARD
+    ours = card.is_file() and _MADE in card.read_text("utf-8", errors="replace")
+    other_model = any((folder / name).exists() for name in ("config.json", INDEX, WEIGHTS)) and not ours
+    if other_model or folder.resolve() == tokenizer_folder.resolve():
+        raise ConfigError(f"{folder} holds a model that no export wrote: give a new folder to write to")
 
 
 def _check_readable(folder: Path, config: ModelConfig, params: Params, dtype: str) -> None:
@@ -191,7 +212,7 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         "---",
         f"# A draft model of {config.num_parameters:,} parameters",
         "",
-        f"Made by jaxdraft for speculative decoding. {config.num_layers} layers, hidden size {config.hidden_size}, "
+        f"{_MADE}. {config.num_layers} layers, hidden size {config.hidden_size}, "
         f"vocabulary {config.vocabulary}{proposed}, weights in {dtype}.",
         "",
         "| | |",

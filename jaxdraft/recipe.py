@@ -168,6 +168,7 @@ class DraftVocabulary(Stage):
 
     Direct Alignment (arXiv 2403.00858, section 1) lets a draft share "the same or a subset of" the vocabulary; EAGLE-3
     (arXiv 2503.01840) and FR-Spec (arXiv 2502.14856) do so. With a large vocabulary the head is most of a draft's work.
+    Choose it for a draft pretrained on all tokens: a full export proposes the others too, as they were learned then.
     What the target writes does not change: a token that the draft cannot propose is one that it does not get accepted.
 
     In the quickstart, 512 of 1024 tokens are 98.3 % of what the target wrote; distilled with TVD++ and them, block

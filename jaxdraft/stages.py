@@ -81,6 +81,7 @@ def run_train(stage: Train, context: Context) -> Outputs:
     target = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype()) if stage.uses_target else None
     config, start = _start(stage, context, target, rows)
     teacher = target if stage.loss.needs_target else None
+    del target  # one that only gave the start does not stay in memory
     params = train(
         folder,
         draft=Decoder(config, remat=stage.remat),
@@ -127,8 +128,9 @@ def _start(
         return dataclasses.replace(config, head_ids=config.head_ids or started.head_ids), params
     if target and stage.init == "subclone":
         first = next(iter(rows.values()))  # the same rows on every process
-        calibration = [first[i]["tokens"] for i in range(min(CALIBRATION_ROWS, len(first)))]
-        return config, subclone(*target, config, jnp.asarray(np.stack(calibration), jnp.int32))
+        calibration = [first[i] for i in range(min(CALIBRATION_ROWS, len(first)))]
+        tokens_BT, segments_BT = (np.stack([row[key] for row in calibration]) for key in ("tokens", "segment_ids"))
+        return config, subclone(*target, config, jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segments_BT > 0))
     params = init_params(config, jax.random.fold_in(jax.random.key(context.recipe.seed), INIT_PURPOSE))
     if target and stage.init == "target-embedding":
         return config, project_embedding(*target, config, params)
@@ -197,7 +199,9 @@ def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
             bar.update(1)
     if not counts_V.any():
         raise ConfigError(f"{stage.name}: no token of {stage.data!r} is a label: there is nothing to count")
-    ends = list(target.eos_ids)
+    ends = sorted({id for id in target.eos_ids if 0 <= id < target.vocabulary})
+    if stage.size <= len(ends):
+        raise ConfigError(f"{stage.name}: size is {stage.size}, the target's end tokens alone are {len(ends)}")
     by_frequency = np.argsort(-counts_V, kind="stable")
     ids = sorted([*ends, *by_frequency[~np.isin(by_frequency, ends)].tolist()][: stage.size])
     coverage = float(counts_V[ids].sum() / counts_V.sum())

@@ -264,7 +264,7 @@ def _special_id(
     for named in (config, _read_json(folder / "special_tokens_map.json")):
         token = named.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
+        if isinstance(token, str) and token in ids:
             return ids[token]
     for numbered in (_read_json(folder / "generation_config.json"), _read_json(folder / "config.json")):
         token = numbered.get(f"{name}_token_id")

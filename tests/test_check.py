@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import jax
 import pytest
 from safetensors.numpy import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from jaxdraft.check import ENGINES, check_pair
 from jaxdraft.cli import main
+from jaxdraft.errors import ConfigError
 from jaxdraft.export import export_model, export_untrained
 from jaxdraft.models import ModelConfig, init_params
 from jaxdraft.models.hf import load_config, load_model
@@ -90,6 +92,26 @@ def swap_pieces(draft, first=400):
     edit(draft / "tokenizer.json", swap)
 
 
+def swap_in_model(draft):
+    model = sentencepiece_model_pb2.ModelProto.FromString((draft / "tokenizer.model").read_bytes())
+    model.pieces[400].piece, model.pieces[401].piece = model.pieces[401].piece, model.pieces[400].piece
+    (draft / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+def rewrite(draft, change):
+    tensors = load_file(draft / "model.safetensors")
+    change(tensors)
+    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+
+
+def lost_tensor(draft):
+    rewrite(draft, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
+
+
+def not_finite(draft):
+    rewrite(draft, lambda tensors: tensors["model.norm.weight"].fill(float("nan")))
+
+
 def drop_format(draft):
     path = draft / "model.safetensors"
     save_file(load_file(path), path)
@@ -151,7 +173,10 @@ def only_in_rope_scaling(draft):
         (config_change(bos_token_id=5), "special ids", "warn", set(ENGINES), "bos_id is 1 in the target, 5"),
         (other_eos, "tokenizer", "fail", set(ENGINES[:4]), "EOS is 2 in the target and 1 in the draft"),
         (other_pad, "pad token", "fail", {"openvino"}, "pad_token: target None, draft <s>"),
-        (other_add_eos, "add_eos", "fail", {"llama.cpp"}, "target False, draft True"),
+        (other_add_eos, "added tokens", "fail", {"llama.cpp"}, "add_eos_token: target .*, draft True"),
+        (swap_in_model, "converted pieces", "fail", {"llama.cpp"}, r"id 400 is .* \(2 differ\)"),
+        (lost_tensor, "weights", "fail", set(ENGINES), "up_proj.weight is missing"),
+        (not_finite, "weights", "fail", set(ENGINES), "final_norm holds numbers that are not finite"),
         (truncated_weights, "safetensors format", "fail", set(ENGINES), "HeaderTooLarge|header|Metadata"),
         (pickled, "pickled weights", "warn", set(ENGINES), "pytorch_model.bin can run code"),
         (drop_format, "safetensors format", "fail", {"transformers"}, "metadata format is missing"),
@@ -287,6 +312,26 @@ def test_an_untrained_draft_is_a_whole_folder(clean, tmp_path):
     assert main(["export", "--untrained", "--target", str(clean / "target"), "--out", str(tmp_path / "x")]) == 2
     assert main(["export", "--untrained", "--out", str(tmp_path / "x")]) == 2
     assert main(["export", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_nothing_but_an_export_is_written_over(clean, tmp_path):
+    target = Path(shutil.copytree(clean / "target", tmp_path / "target"))
+    (target / "README.md").unlink()
+    before = {path: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(ConfigError, match="holds a model that no export wrote"):
+        export_untrained(target, "400K", target)
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
+    with pytest.raises(ConfigError, match="holds a model that no export wrote"):
+        export_untrained(clean / "target", "400K", clean / "target")
+    # An earlier export is, and nothing of its tokenizer stays.
+    draft = tmp_path / "draft"
+    export_untrained(target, "400K", draft)
+    (draft / "chat_template.jinja").write_text("stale")
+    export_untrained(target, "400K", draft)
+    assert not (draft / "chat_template.jinja").exists()
+    modes = {path.stat().st_mode & 0o777 for path in draft.iterdir() if path.suffix in (".json", ".safetensors")}
+    assert len(modes - {(target / "tokenizer.json").stat().st_mode & 0o777}) <= 1
+    assert (draft / "model.safetensors").stat().st_mode == (draft / "config.json").stat().st_mode
 
 
 def test_inspect_tells_a_folder(clean, capsys, tmp_path):

@@ -39,7 +39,7 @@ def recipe(*, steps: int = 6):
                 batch_size=4,
                 shard_size=4,
             ),
-            DraftVocabulary("vocabulary", data="responses", size=256),
+            DraftVocabulary("vocabulary", data="responses", size=48),
             Train(
                 "distill",
                 init="pretrain",

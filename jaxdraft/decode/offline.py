@@ -67,9 +67,10 @@ def acceptance_ratios(
       batch_size: rows of every batch.
 
     Raises:
-      ConfigError: a prompt is empty, or there are not as many answers as prompts.
+      ConfigError: a prompt is empty, there are not as many answers as prompts, or the target has a draft vocabulary.
       FloatingPointError: a model gave logits that are not finite.
     """
+    target_decoder.config.check_target()
     if len(answers) != len(prompts) or not all(map(len, prompts)):
         raise ConfigError(f"{len(prompts)} prompts, {len(answers)} answers: give one per prompt, and no empty prompt")
     temperatures = per_prompt("temperature", temperature, len(prompts), np.float32)

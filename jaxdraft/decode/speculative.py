@@ -148,10 +148,11 @@ def speculative_batches(
       repeats: run each batch so often, with the same keys, and report the best times.
 
     Raises:
-      ConfigError: a value is out of range, or the vocabularies differ.
+      ConfigError: a value is out of range, the vocabularies differ, or the target has a draft vocabulary.
       FloatingPointError: a model gave logits that are not finite.
     """
     config = target_decoder.config
+    config.check_target()
     if block_size < 1:
         raise ConfigError(f"block_size is {block_size}: the draft must propose at least 1 token")
     if draft_decoder.config.vocabulary != config.vocabulary:

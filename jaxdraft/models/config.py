@@ -98,6 +98,14 @@ class ModelConfig:
 
         return propose_draft(target, parameters, **options)
 
+    def check_target(self) -> None:
+        """Raises ConfigError where this is no target: one that proposes a part of its vocabulary only."""
+        if self.head_ids is not None:
+            raise ConfigError(
+                f"the target proposes only {len(self.head_ids)} of its {self.vocabulary} tokens: a draft vocabulary is "
+                "for drafts; export it with --vocabulary full"
+            )
+
     @property
     def head_size(self) -> int:
         """Width of one attention head."""

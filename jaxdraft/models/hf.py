@@ -8,6 +8,7 @@ never holds more.
 import functools
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ class Row(NamedTuple):
     in_axes: int | None  # None: stored as it is (tables and norms)
 
 
+_EMBED = Row("model.embed_tokens.weight", ("embed",), None)
 _HEAD = Row("lm_head.weight", ("head",), 1)
 _SHARED = (
     Row("input_layernorm.weight", ("attn_norm",), None),
@@ -103,14 +105,8 @@ def load_model(
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes, is_leaf=_is_shape)
     else:
         shardings = param_shardings(mesh, boxed)
-    stored = _headers(Path(folder))
-    if config.tie_embeddings:
-        stored.pop(_HEAD.name, None)
-    if config.head_ids is not None:
-        del stored[D2T]
-    layers = [shapes[f"layers_{i}"] for i in range(config.num_layers)] if not scan else None
-    layer_shapes = layers[0] if layers else {name: shape[1:] for name, shape in shapes["layers"].items()}
-    _check_table(Path(folder), config, stored, shapes, layer_shapes)
+    layer_shapes = {name: s[1:] for name, s in shapes["layers"].items()} if scan else shapes["layers_0"]
+    stored = _checked_tensors(Path(folder), config, shapes, layer_shapes)
 
     def parts(row: Row, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Callable[[Any], np.ndarray]]]:
         offset = 0
@@ -147,6 +143,15 @@ def load_model(
                 stacks[name] = put[name](stacks[name], place(layer_shapes[name], of_layer[name], read), i)
     params["layers"] = stacks
     return config, params
+
+
+def check_weights(folder: str | Path) -> None:
+    """Looks at every tensor's name, shape and place as ``load_model`` does, and raises what it raises."""
+    config = load_config(folder)
+    shapes = jax.eval_shape(lambda: nn.unbox(init_boxed(config, jax.random.key(0))))
+    layer = {name: x.shape[1:] for name, x in shapes["layers"].items()}
+    outer = {name: x.shape for name, x in shapes.items() if name != "layers"}
+    _checked_tensors(Path(folder), config, outer, layer)
 
 
 def save_model(
@@ -212,6 +217,8 @@ def save_model(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         written.append(folder / INDEX)
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    for path in written:
+        shutil.copymode(folder / "config.json", path)  # safetensors writes for the owner's eyes only
     return [folder / "config.json", *written]
 
 
@@ -240,6 +247,29 @@ def _headers(folder: Path) -> dict[str, _Stored]:
             if name in stored and stored[name].file.name != file:
                 raise ConfigError(f"{folder / INDEX}: tensor {name} is in {stored[name].file.name}, not in {file}")
     return stored
+
+
+def _checked_tensors(folder: Path, config: ModelConfig, outer: Any, layer: Any) -> dict[str, _Stored]:
+    stored = _headers(folder)
+    if config.head_ids is not None:
+        del stored[D2T]
+    head = stored.pop(_HEAD.name, None) if config.tie_embeddings else None
+    _check_table(folder, config, stored, outer, layer)
+    if head and not _same_tensor(head, _HEAD.name, stored[_EMBED.name], _EMBED.name):
+        raise ConfigError(
+            f"{folder}: config.json ties the head to the embedding, but tensor {_HEAD.name} differs from it: "
+            "set tie_word_embeddings to false, or remove that tensor"
+        )
+    return stored
+
+
+def _same_tensor(one: _Stored, name: str, other: _Stored, other_name: str, rows: int = 8192) -> bool:
+    if one.shape != other.shape:
+        return False
+    with safe_open(one.file, framework="numpy") as first, safe_open(other.file, framework="numpy") as second:
+        a, b = first.get_slice(name), second.get_slice(other_name)
+        parts = [slice(i, min(i + rows, one.shape[0])) for i in range(0, one.shape[0], rows)]
+        return all(np.array_equal(a[part], b[part]) for part in parts)
 
 
 def _check_table(folder: Path, config: ModelConfig, stored: dict[str, _Stored], outer: Any, layer: Any) -> None:
@@ -322,7 +352,7 @@ def _to_stored(row: Row, part: Callable[[str], jax.Array], dtype: np.dtype) -> n
 
 
 def _outer_table(config: ModelConfig) -> tuple[Row, ...]:
-    rows = (Row("model.embed_tokens.weight", ("embed",), None), Row("model.norm.weight", ("final_norm",), None))
+    rows = (_EMBED, Row("model.norm.weight", ("final_norm",), None))
     return rows if config.tie_embeddings else (*rows, _HEAD)
 
 

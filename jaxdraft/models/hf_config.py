@@ -19,6 +19,9 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# What transformers takes where the key is missing.
+_WINDOW = {"mistral": 4096}
+_POSITIONS = {"llama": 2048, "phi3": 4096, "mistral": 131072, "qwen2": 32768}
 _ORIGINAL = "original_max_position_embeddings"
 _PHI3_ORIGINAL = 4096  # what transformers takes where the key is missing
 
@@ -118,11 +121,11 @@ def load_config(folder: str | Path) -> ModelConfig:
         head_dim=None if family == "phi3" else raw.get("head_dim"),
         rope_theta=_theta(path, raw, ropes),
         rope_scaling=_agreed_scaling(path, raw, ropes),
-        sliding_window=raw.get("sliding_window") if family in ("mistral", "phi3") else None,
+        sliding_window=raw.get("sliding_window", _WINDOW.get(family)) if family in ("mistral", "phi3") else None,
         qkv_bias=family == "qwen2",
         rms_norm_eps=raw.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
         tie_embeddings=raw.get("tie_word_embeddings", False),
-        max_positions=raw.get("max_position_embeddings", 2048),
+        max_positions=raw.get("max_position_embeddings", _POSITIONS[family]),
         bos_id=raw.get("bos_token_id"),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         head_ids=None if rows is None else head_ids(Path(folder), rows),

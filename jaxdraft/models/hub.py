@@ -6,7 +6,8 @@ from pathlib import Path
 from jaxdraft.errors import ConfigError
 
 # Weights that are plain arrays, and text; never pickles, never code.
-_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
+# Weights under the names that are loaded: some repositories hold a second copy under another.
+_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -42,6 +43,8 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ConfigError(f"{name}: the hub has no such repository or revision ({_first_line(error)})") from None
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{name} is no folder here, and no name of a repository ({_first_line(error)})") from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise ConfigError(
             f"{name} is no folder here and the hub could not be reached ({_first_line(error)}): download it where "

@@ -19,7 +19,13 @@ from jaxdraft.models.rope import rope_angles
 SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size")
 
 
-def subclone(target: ModelConfig, target_params: Params, draft: ModelConfig, tokens_BT: jax.Array) -> Params:
+def subclone(
+    target: ModelConfig,
+    target_params: Params,
+    draft: ModelConfig,
+    tokens_BT: jax.Array,
+    is_text_BT: jax.Array | None = None,
+) -> Params:
     """Float32 parameters of the draft's shape, with stacked layers, cut out of the target's.
 
     - Hidden dimensions: those of the largest mean |activation| in the residual stream after each layer over the
@@ -55,14 +61,16 @@ def subclone(target: ModelConfig, target_params: Params, draft: ModelConfig, tok
       target: the shape cut from.
       target_params: its parameters with stacked layers, of any dtype.
       draft: the shape wanted.
-      tokens_BT: calibration batch, each row one text; it decides the hidden dimensions and nothing else.
+      tokens_BT: calibration batch, each row read as one text; it decides the hidden dimensions and nothing else.
+      is_text_BT: bool, which tokens are no padding; ``None`` is all.
 
     Raises:
       ConfigError: a dimension of the draft is larger than the target's, or the vocabularies differ.
     """
     check_sizes(target, draft)
     _check_vocabularies(target, draft)
-    return _subclone(target, draft, target_params, tokens_BT)
+    is_text_BT = jnp.ones(tokens_BT.shape, bool) if is_text_BT is None else is_text_BT
+    return _subclone(target, draft, target_params, tokens_BT, is_text_BT)
 
 
 def project_embedding(target: ModelConfig, target_params: Params, draft: ModelConfig, params: Params) -> Params:
@@ -106,7 +114,7 @@ def check_sizes(target: ModelConfig, draft: ModelConfig, names: tuple[str, ...] 
             )
 
 
-def importance(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+def importance(config: ModelConfig, params: Params, tokens_BT: jax.Array, is_text_BT: jax.Array) -> jax.Array:
     """Mean |activation| of every hidden dimension after every layer, ``[L, D]``, each token divided by its RMS.
 
     One pass, row by row: the state after layer l is what the model cut to its first l layers gives before its last
@@ -116,6 +124,7 @@ def importance(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax
       config: the shape.
       params: its parameters with stacked layers.
       tokens_BT: token ids, each row one text.
+      is_text_BT: bool, which of them count.
     """
     c, dtype = config, compute_dtype()
     order_T = jnp.arange(tokens_BT.shape[1])
@@ -123,14 +132,17 @@ def importance(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax
     mask_1TT = causal_mask((1, len(order_T)), None, c.sliding_window)
     block, ones_D = Block(c, dtype), jnp.ones(c.hidden_size)
 
-    def layer_of_row(x_1TD, layer):
-        x_1TD, _ = block.apply({"params": layer}, x_1TD, cos, sin, order_T[None], mask_1TT)
-        return x_1TD, jnp.abs(rms_norm(x_1TD.astype(jnp.float32), ones_D, c.rms_norm_eps)).mean((0, 1))
+    def row(text):
+        tokens_T, is_text_T = text
 
-    def row(tokens_T):
+        def layer_of_row(x_1TD, layer):
+            x_1TD, _ = block.apply({"params": layer}, x_1TD, cos, sin, order_T[None], mask_1TT)
+            size_TD = jnp.abs(rms_norm(x_1TD[0].astype(jnp.float32), ones_D, c.rms_norm_eps))
+            return x_1TD, jnp.sum(size_TD * is_text_T[:, None], axis=0)
+
         return jax.lax.scan(layer_of_row, params["embed"][tokens_T][None].astype(dtype), params["layers"])[1]
 
-    return jax.lax.map(row, tokens_BT).mean(0)
+    return jax.lax.map(row, (tokens_BT, is_text_BT)).sum(0) / jnp.sum(is_text_BT)
 
 
 def kept_layers(target: int, draft: int) -> np.ndarray:
@@ -159,8 +171,10 @@ def _check_vocabularies(target: ModelConfig, draft: ModelConfig) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _subclone(target: ModelConfig, draft: ModelConfig, params: Params, tokens_BT: jax.Array) -> Params:
-    dims_D = _top(importance(target, params, tokens_BT).mean(0), draft.hidden_size)
+def _subclone(
+    target: ModelConfig, draft: ModelConfig, params: Params, tokens_BT: jax.Array, is_text_BT: jax.Array
+) -> Params:
+    dims_D = _top(importance(target, params, tokens_BT, is_text_BT).mean(0), draft.hidden_size)
     layers_L = kept_layers(target.num_layers, draft.num_layers)
     scale = math.sqrt(target.hidden_size / draft.hidden_size)
     layers = jax.tree.map(lambda x: x[layers_L].astype(jnp.float32), dict(params["layers"]))

@@ -176,3 +176,18 @@ def test_longrope_takes_its_factor_and_is_not_written_where_it_would_be_lost(tmp
     )  # of transformers 5.23, where 1024 / 32 gives 1.414
     with pytest.raises(ConfigError, match="attention_factor of its own"):
         save_model(tmp_path / "again", dataclasses.replace(config, rope_scaling=read), load_model(tmp_path)[1])
+
+
+def test_a_stored_head_that_a_tied_model_would_not_use_is_refused(tmp_path):
+    config = ModelConfig(8, 16, 1, 2, 1, vocab_size=11)
+    params = init_params(config, jax.random.key(0))
+    save_model(tmp_path, config, params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embed = tensors["model.embed_tokens.weight"]
+    for head, fits in ((embed.copy(), True), (embed + 1, False), (embed[:3].copy(), False)):
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        if fits:
+            jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path)[1], dict(params))
+        else:
+            with pytest.raises(ConfigError, match=r"ties the head .* but tensor lm_head\.weight differs"):
+                load_model(tmp_path)

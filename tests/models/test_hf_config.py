@@ -205,3 +205,14 @@ def test_original_contexts_that_contradict_each_other_are_refused(tmp_path, fami
         write_rope(tmp_path, family, **{name: rope}, **change)
         with pytest.raises(ConfigError, match=f"original_max_position_embeddings {message}"):
             load_config(tmp_path)
+
+
+def test_a_missing_window_or_context_is_what_transformers_takes(tmp_path):
+    config = ModelConfig(8, 16, 1, 2, 1, vocab_size=11)
+    for family, window, positions in (("mistral", 4096, 131072), ("llama", None, 2048), ("phi3", None, 4096)):
+        raw = config_json(dataclasses.replace(config, family=family), "float32")
+        for key in ("sliding_window", "max_position_embeddings"):
+            raw.pop(key, None)
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        read = load_config(tmp_path)
+        assert (read.sliding_window, read.max_positions) == (window, positions)

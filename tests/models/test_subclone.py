@@ -140,7 +140,9 @@ def test_query_heads_stay_with_their_key_and_value_head():
 def test_importance_is_that_of_the_truncated_target():
     params = random_params(SMALL)
     positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
-    ours = importance(SMALL, params, TOKENS)
+    ours = importance(SMALL, params, TOKENS, jnp.ones(TOKENS.shape, bool))
+    padded, text = jnp.pad(TOKENS, ((0, 0), (0, 5))), jnp.pad(jnp.ones(TOKENS.shape, bool), ((0, 0), (0, 5)))
+    np.testing.assert_allclose(importance(SMALL, params, padded, text), ours, rtol=1e-5)
     for l in range(1, 4):
         cut = {
             "embed": params["embed"],

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxdraft.errors import ConfigError, Interrupted
-from jaxdraft.losses import KL, CrossEntropy, TVDPlusPlus
+from jaxdraft.losses import KL, TVD, CrossEntropy, TVDPlusPlus
 from jaxdraft.models import Decoder, ModelConfig, head_weight, init_params, logits
 from jaxdraft.sharding import MeshShape, param_shardings
 from jaxdraft.train import OptimizerSettings, train
@@ -50,12 +50,12 @@ def models():
     return init_params(DRAFT, jax.random.key(0)), init_params(TARGET, jax.random.key(1))
 
 
-def one_step(mesh, models, loss, accumulate=1):
-    shardings = state_shardings(DRAFT, OPTIMIZER, mesh)
+def one_step(mesh, models, loss, accumulate=1, draft=DRAFT):
+    shardings = state_shardings(draft, OPTIMIZER, mesh)
     target = Decoder(TARGET) if loss.needs_target else None
     boxed = jax.eval_shape(lambda: init_params(TARGET, jax.random.key(0)))
     target_shardings = param_shardings(mesh, boxed) if target else None
-    step = build_step(Decoder(DRAFT), target, loss, OPTIMIZER, mesh, shardings, target_shardings, accumulate)
+    step = build_step(Decoder(draft), target, loss, OPTIMIZER, mesh, shardings, target_shardings, accumulate)
     state = create_state(OPTIMIZER, jax.tree.map(jnp.copy, models[0]), shardings)
     return step(state, models[1] if target else None, jax.tree.map(jnp.asarray, RandomRows()[0]))
 
@@ -92,6 +92,29 @@ def test_one_step_is_adamw_on_the_mean_loss(mesh, models, loss):
     jax.tree.map(
         lambda m, g: np.testing.assert_allclose(m, (1 - OPTIMIZER.b1) * g, rtol=2e-3, atol=2e-7), first_moment, clipped
     )
+
+
+def test_a_draft_vocabulary_is_learned_as_the_tokens_it_stands_for(mesh, models):
+    ids = np.asarray([0, 3, *range(20, 41), 47])
+    draft = dataclasses.replace(DRAFT, head_ids=tuple(ids.tolist()))
+    batch, loss = RandomRows()[0], TVD()
+    _, metrics = one_step(mesh, models, loss, draft=draft)
+
+    def laws(config, params):
+        hidden = Decoder(config).apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
+        return np.asarray(logits(hidden, head_weight(config, params))[:, :-1], np.float64)
+
+    p, q = (np.exp(x) for x in (laws(DRAFT, models[0])[..., ids], laws(TARGET, models[1])))
+    p, q = p / p.sum(-1, keepdims=True), (q / q.sum(-1, keepdims=True))[..., ids]
+    weights = batch["loss_mask"][:, 1:]
+    acceptance = (np.minimum(p, q).sum(-1) * weights).sum() / weights.sum()
+    np.testing.assert_allclose(metrics["acceptance"], acceptance, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], 1 - acceptance, rtol=1e-5)
+    label_is_known = np.isin(batch["tokens"][:, 1:], ids)
+    _, next_token = one_step(mesh, models, CrossEntropy(), draft=draft)
+    places = np.searchsorted(ids, batch["tokens"][:, 1:]) % len(ids)
+    known = -np.log(np.take_along_axis(p, places[..., None], -1)[..., 0]) * label_is_known
+    np.testing.assert_allclose(next_token["loss"], (known * weights).sum() / weights.sum(), rtol=1e-5)
 
 
 def test_accumulation_changes_nothing_but_the_order_of_sums(mesh, models):
