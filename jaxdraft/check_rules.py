@@ -5,20 +5,20 @@ load a draft model. Seen in running them: transformers 4.44.2, 4.57.6, 5.5.4 and
 llama.cpp at 0c1e570. Read in their sources: vLLM 0.33.0, SGLang 0.5.23.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
-import sentencepiece
 from safetensors import safe_open
 
-from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig
+from jaxdraft.models.decoder import Params
 from jaxdraft.models.folder import D2T, read_json, weight_files
 from jaxdraft.models.hf import check_weights, load_config, load_model
-from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
+from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, read_sentencepiece, tokenizer_files
 
 ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
 SERVERS = ("vllm", "sglang")
@@ -53,6 +53,10 @@ class Pair:
     @cached_property
     def tokenizers(self) -> list[Tokenizer]:
         return [load_tokenizer(folder) for folder in self.folders]
+
+    @cached_property
+    def draft_model(self) -> tuple[ModelConfig, Params]:
+        return load_model(self.folders[1])
 
     @property
     def draft(self) -> ModelConfig:
@@ -113,10 +117,7 @@ def _stored_pieces(tokenizer: Tokenizer) -> list[str]:
     path = tokenizer.folder / "tokenizer.model"
     if not path.is_file():
         return tokenizer.pieces()
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
+    model = read_sentencepiece(path)
     return [model.id_to_piece(i) for i in range(model.get_piece_size())]
 
 
@@ -160,18 +161,19 @@ def _special_ids(pair: Pair) -> Iterator[Result]:
 
 
 def _pad(pair: Pair) -> Iterator[Result]:
-    paths = [folder / "tokenizer_config.json" for folder in pair.folders]
-    target, draft = (read_json(path).get("pad_token") if path.is_file() else None for path in paths)
-    found, remedy = f"pad_token: target {target}, draft {draft}", "copy the target's tokenizer_config.json"
-    yield ("openvino",), "ok" if target == draft else "fail", found, remedy
+    yield _same_setting(pair, "pad_token", "openvino")
 
 
 def _added_tokens(pair: Pair) -> Iterator[Result]:
+    yield _same_setting(pair, "add_bos_token", "llama.cpp")
+    yield _same_setting(pair, "add_eos_token", "llama.cpp")
+
+
+def _same_setting(pair: Pair, key: str, engine: str) -> Result:
     paths = [folder / "tokenizer_config.json" for folder in pair.folders]
-    for key in ("add_bos_token", "add_eos_token"):
-        target, draft = (read_json(path).get(key) if path.is_file() else None for path in paths)
-        found, remedy = f"{key}: target {target}, draft {draft}", "copy the target's tokenizer_config.json"
-        yield ("llama.cpp",), "ok" if target == draft else "fail", found, remedy
+    target, draft = (read_json(path).get(key) if path.is_file() else None for path in paths)
+    found, remedy = f"{key}: target {target}, draft {draft}", "copy the target's tokenizer_config.json"
+    return (engine,), "ok" if target == draft else "fail", found, remedy
 
 
 def _convertible(pair: Pair) -> Iterator[Result]:
@@ -229,21 +231,13 @@ def _k_quants(pair: Pair) -> Iterator[Result]:
 
 
 def _weights(pair: Pair) -> Iterator[Result]:
-    for folder in pair.folders:
-        check_weights(folder)
-    config, params = load_model(pair.folders[1])
-    if bad := [name for name, x in _leaves(params) if not np.isfinite(x).all()]:
-        yield ENGINES, "fail", f"{pair.folders[1].name}: {bad[0]} holds numbers that are not finite", "train it anew"
+    check_weights(pair.folders[0])
+    config, params = pair.draft_model
+    if bad := [path for path, x in jax.tree_util.tree_leaves_with_path(params) if not np.isfinite(x).all()]:
+        name = jax.tree_util.keystr(bad[0], simple=True, separator=".")
+        yield ENGINES, "fail", f"{pair.folders[1].name}: {name} holds numbers that are not finite", "train it anew"
     else:
         yield ENGINES, "ok", f"every tensor is there; {config.num_parameters:,} finite numbers in the draft", ""
-
-
-def _leaves(params: Any) -> Iterator[tuple[str, Any]]:
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{inner}", x) for inner, x in _leaves(value))
-        else:
-            yield name, np.asarray(value)
 
 
 def _metadata(pair: Pair) -> Iterator[Result]:
@@ -348,7 +342,7 @@ def _logits(pair: Pair) -> Iterator[Result]:
 
     from jaxdraft.models import Decoder, head_weight, logits
 
-    config, params = load_model(pair.folders[1])
+    config, params = pair.draft_model
     tokens = np.arange(32)[None] * 37 % config.vocabulary
     hidden = Decoder(config, dtype=jnp.float32).apply({"params": params}, tokens, np.arange(32)[None])
     ours = np.asarray(logits(hidden, head_weight(config, params)))

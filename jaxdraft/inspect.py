@@ -4,10 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from jaxdraft.errors import ConfigError
-from jaxdraft.models.folder import read_json, weight_files
+from jaxdraft.models.folder import opened, read_json, weight_files
 from jaxdraft.models.hf import load_config
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
 
@@ -34,11 +32,8 @@ def _model(folder: Path) -> Iterator[tuple[str, str]]:
     config = load_config(folder)
     files, dtypes = weight_files(folder), set()
     for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                dtypes |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise ConfigError(f"{file}: not a readable safetensors file ({error})") from error
+        with opened(file) as tensors:
+            dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - not a dict
     c = config
     yield "family", c.family
     yield "parameters", f"{c.num_parameters:,}"

@@ -67,14 +67,23 @@ class _FastBackend:
         return bos_id is not None and self._tokenizer.encode("a").ids[:1] == [bos_id]
 
 
+def read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """A ``tokenizer.model``.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
+
+
 class _SentencePieceBackend:
     """`tokenizer.model`, through `sentencepiece`; control and added tokens spelled out in a text map to their ids."""
 
     def __init__(self, path: Path, config: dict[str, Any]):
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
+        self._model = read_sentencepiece(path)
         self._add_bos = config.get("add_bos_token", True)
         self._size = self._model.get_piece_size()
         self._anchor = self._model.encode("a")

@@ -1,6 +1,8 @@
 """The files of a Hugging Face model folder: which there are, and the small ones read."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,20 @@ def weight_map(folder: Path) -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+      ConfigError: it is none, or damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
+
+
 def head_ids(folder: Path, size: int) -> tuple[int, ...]:
     """The draft vocabulary of a folder whose ``config.json`` has a ``draft_vocab_size``.
 
@@ -71,13 +87,10 @@ def head_ids(folder: Path, size: int) -> tuple[int, ...]:
       ConfigError: there is no map of that size.
     """
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                if D2T in file.keys():  # noqa: SIM118 - not a dict
-                    offsets_R = file.get_tensor(D2T)
-                    break
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
+        with opened(path) as file:
+            if D2T in file.keys():  # noqa: SIM118 - not a dict
+                offsets_R = file.get_tensor(D2T)
+                break
     else:
         raise ConfigError(f"{folder}: config.json has a draft_vocab_size, but no file the map {D2T}")
     if offsets_R.shape != (size,) or offsets_R.dtype.kind != "i":

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.decoder import Params, head_weight, init_boxed
-from jaxdraft.models.folder import D2T, INDEX, WEIGHTS, weight_files, weight_map
+from jaxdraft.models.folder import D2T, INDEX, WEIGHTS, opened, weight_files, weight_map
 from jaxdraft.models.hf_config import config_json, load_config
 from jaxdraft.sharding import param_shardings
 
@@ -226,22 +226,19 @@ def _headers(folder: Path) -> dict[str, _Stored]:
     """Every tensor of the folder: where it is, and its shape; nothing is read but the headers."""
     stored: dict[str, _Stored] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    part = file.get_slice(name)
-                    if name in stored:
-                        raise ConfigError(f"{path}: tensor {name} is also stored in {stored[name].file.name}")
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # old checkpoints store the rotary frequencies, which follow from theta
-                    if part.get_dtype() not in _DTYPES and name != D2T:
-                        raise ConfigError(
-                            f"{path}: tensor {name} is of dtype {part.get_dtype()}: give weights of float32, bfloat16 "
-                            "or float16, not quantised ones"
-                        )
-                    stored[name] = _Stored(path, tuple(part.get_shape()))
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(name)
+                if name in stored:
+                    raise ConfigError(f"{path}: tensor {name} is also stored in {stored[name].file.name}")
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # old checkpoints store the rotary frequencies, which follow from theta
+                if part.get_dtype() not in _DTYPES and name != D2T:
+                    raise ConfigError(
+                        f"{path}: tensor {name} is of dtype {part.get_dtype()}: give weights of float32, bfloat16 "
+                        "or float16, not quantised ones"
+                    )
+                stored[name] = _Stored(path, tuple(part.get_shape()))
     if not (folder / WEIGHTS).is_file():
         for name, file in weight_map(folder).items():
             if name in stored and stored[name].file.name != file:
@@ -298,8 +295,8 @@ def _read(file: Path, row: Row, shape: tuple[int, ...], offset: int, dtype: np.d
     """
     spans = [range(size)[part] for size, part in zip(shape, index, strict=True)]
     local = [len(span) for span in spans]
-    with safe_open(file, framework="numpy") as opened:
-        tensor = opened.get_slice(row.name)
+    with safe_open(file, framework="numpy") as tensors:
+        tensor = tensors.get_slice(row.name)
         if row.in_axes is None:
             return tensor[tuple(slice(s.start, s.stop) for s in spans)].astype(dtype)
         columns, rows = (
@@ -321,8 +318,8 @@ def _is_narrow(config: ModelConfig, stored: dict[str, _Stored]) -> bool:
 
 def _read_narrow_head(stored: _Stored, config: ModelConfig, dtype: np.dtype, index: Any) -> np.ndarray:
     dims, tokens = range(config.hidden_size)[index[0]], range(config.vocabulary)[index[1]]
-    with safe_open(stored.file, framework="numpy") as opened:
-        rows_RD = opened.get_slice(_HEAD.name)[:, dims.start : dims.stop].astype(dtype)
+    with safe_open(stored.file, framework="numpy") as tensors:
+        rows_RD = tensors.get_slice(_HEAD.name)[:, dims.start : dims.stop].astype(dtype)
     part_DV = np.zeros((len(dims), len(tokens)), dtype)
     ids_R = np.asarray(config.head_ids) - tokens.start
     here_R = (ids_R >= 0) & (ids_R < len(tokens))
