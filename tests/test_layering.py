@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
     "context": BELOW_STAGES | {"export", "recipe"},
-    "stages": BELOW_STAGES | {"context", "export", "recipe", "settings", "tokenizer_training"},
+    "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "tokenizer_training"},
+    "stages": BELOW_STAGES | {"context", "data_stages", "export", "recipe", "settings"},
     "run": BELOW_STAGES | {"__init__", "context", "recipe", "settings", "stages"},
     "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "recipe_file", "run"},
 }

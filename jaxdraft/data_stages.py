@@ -1,0 +1,164 @@
+"""The stages that make data: a tokenizer, packed rows, the target's answers, a draft's vocabulary."""
+
+import collections
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdraft.context import VOCABULARY, Context
+from jaxdraft.data.pipeline import pack_concatenate, pack_whole
+from jaxdraft.data.prompts import Prompt, example_id
+from jaxdraft.data.records import MANIFEST, write_rows
+from jaxdraft.decode import generate_batches
+from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.measure import Model
+from jaxdraft.recipe import DraftVocabulary, Generate, Prepare, TrainTokenizer
+from jaxdraft.settings import to_json
+from jaxdraft.tokenizer_training import train_sentencepiece
+from jaxdraft.tokenizers import tokenizer_files
+from jaxdraft.tracking import progress_bar, read_jsonl, write_jsonl
+
+Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
+
+
+def run_train_tokenizer(stage: TrainTokenizer, context: Context) -> Outputs:
+    folder = context.folder(stage.name)
+    train_sentencepiece(_documents(stage.sources, stage.name), folder, stage.vocab_size)
+    return tokenizer_files(folder), {"vocab_size": stage.vocab_size}
+
+
+def run_prepare(stage: Prepare, context: Context) -> Outputs:
+    counts: collections.Counter[str] = collections.Counter()
+    rows = pack_concatenate(_documents(stage.sources, stage.name), context.tokenizer, stage.length, counts)
+    return _write_rows(stage.name, rows, stage.length, to_json(stage.sources), counts, context)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """One answer to be generated."""
+
+    prompt: Prompt
+    temperature: float
+
+    @property
+    def id(self) -> str:
+        return f"{self.prompt.id}@{self.temperature:g}"
+
+
+def run_generate(stage: Generate, context: Context) -> Outputs:
+    folder = context.folder(stage.name)
+    questions = [
+        _Question(prompt, temperature)
+        for source in stage.prompts
+        for prompt in source.prompts(context.tokenizer)
+        for temperature in stage.temperatures
+    ]
+    if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
+        raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
+    if not questions:
+        raise ConfigError(f"{stage.name}: no prompts: all of them are longer than the source's max_tokens allows")
+    shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
+    paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
+    target: Model | None = None
+    with progress_bar(len(questions), stage.name, "answer") as bar:
+        for path, shard in zip(paths, shards, strict=True):
+            if path.exists():
+                bar.update(len(shard))
+                continue
+            target = target or Model.load(context.target_folder)
+            write_jsonl(path, _answers(stage, context, target, shard, bar.update))
+    lines = [line for path in paths for line in read_jsonl(path)]
+
+    def examples() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+        for line in lines:
+            prompt, answer = line["prompt_tokens"], line["tokens"]
+            yield prompt + answer, [int(stage.train_on_prompts)] * len(prompt) + [1] * len(answer)
+
+    counts: collections.Counter[str] = collections.Counter()
+    rows = pack_whole(examples(), stage.length, counts)
+    source = {"target": to_json(context.recipe.target)}
+    files, summary = _write_rows(stage.name, rows, stage.length, source, counts, context)
+    ended = sum(line["finish"] == "eos" for line in lines)
+    return [*paths, *files], {"answers": len(lines), "ended by EOS": f"{ended / len(lines):.0%}", **summary}
+
+
+def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
+    target, rows = context.draft_config(), context.rows(stage.data)
+    if stage.size > target.vocabulary:
+        raise ConfigError(f"{stage.name}: size is {stage.size}, the target's vocabulary {target.vocabulary}")
+    counts_V = np.zeros(target.vocabulary, np.int64)
+    with progress_bar(len(rows), stage.name, "row") as bar:
+        for i in range(len(rows)):
+            row = rows[i]
+            labels = row["tokens"][1:][row["loss_mask"][1:] > 0]
+            counts_V += np.bincount(labels, minlength=target.vocabulary)
+            bar.update(1)
+    if not counts_V.any():
+        raise ConfigError(f"{stage.name}: no token of {stage.data!r} is a label: there is nothing to count")
+    ends = sorted({id for id in target.eos_ids if 0 <= id < target.vocabulary})
+    if stage.size <= len(ends):
+        raise ConfigError(f"{stage.name}: size is {stage.size}, the target's end tokens alone are {len(ends)}")
+    by_frequency = np.argsort(-counts_V, kind="stable")
+    ids = sorted([*ends, *by_frequency[~np.isin(by_frequency, ends)].tolist()][: stage.size])
+    coverage = float(counts_V[ids].sum() / counts_V.sum())
+    path = context.folder(stage.name) / VOCABULARY
+    path.write_text(json.dumps({"ids": ids, "coverage": coverage, "labels": int(counts_V.sum())}) + "\n")
+    seen = f"{coverage:.2%} of {counts_V.sum():,} labels"
+    return [path], {"tokens": len(ids), "of the target's": target.vocabulary, "cover": seen}
+
+
+def _documents(sources: Sequence[Any], name: str) -> Iterator[str]:
+    with progress_bar(0, name, "document") as bar:
+        for document in itertools.chain.from_iterable(source.documents() for source in sources):
+            bar.update(1)
+            yield document
+
+
+def _write_rows(name, rows, length, source, counts, context: Context) -> Outputs:
+    folder = context.folder(name)
+    manifest = write_rows(
+        folder,
+        rows,
+        length=length,
+        vocab_size=context.tokenizer.vocab_size,
+        tokenizer_fingerprint=context.tokenizer.fingerprint(),
+        source={"settings": source},
+        counts=counts,
+    )
+    files = [folder / MANIFEST, *(folder / shard["file"] for shard in manifest["shards"])]
+    return files, {"rows": manifest["rows"], "tokens": manifest["tokens"], **counts}
+
+
+def _answers(stage, context, target, shard: list[_Question], advance) -> list[dict[str, Any]]:
+    eos_ids = target.decoder.config.eos_ids
+    lines: list[dict[str, Any]] = [{} for _ in shard]
+    for batch in generate_batches(
+        target.decoder,
+        target.params,
+        [question.prompt.tokens for question in shard],
+        max_new_tokens=stage.max_new_tokens,
+        temperature=[question.temperature for question in shard],
+        top_p=stage.top_p,
+        seed=context.recipe.seed,
+        example_ids=[example_id(question.id) for question in shard],
+        batch_size=stage.batch_size,
+    ):
+        for i, tokens in zip(batch.indices, batch.tokens, strict=True):
+            lines[i] = {
+                "id": shard[i].id,
+                "temperature": shard[i].temperature,
+                "top_p": stage.top_p,
+                "seed": context.recipe.seed,
+                "finish": "eos" if tokens[-1] in eos_ids else "length",
+                "prompt_tokens": list(shard[i].prompt.tokens),
+                "tokens": tokens,
+                "prompt": shard[i].prompt.text,
+                "text": context.tokenizer.continuation(shard[i].prompt.tokens, tokens),
+            }
+        advance(len(batch.indices))
+    return lines
