@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def train(
     batches: Batches,
     optimizer: OptimizerSettings,
     mesh: Mesh,
-    target: Decoder | None = None,
-    target_params: Params | None = None,
+    frozen: Mapping[str, tuple[Decoder, Params]] | None = None,
+    seed: int = 0,
     accumulate: int = 1,
     save_every: int = 1000,
     keep_every: int | None = None,
@@ -46,27 +47,27 @@ def train(
       batches: ``batches[step]`` is the global batch of that step.
       optimizer: steps and rates.
       mesh: the devices.
-      target: the model in the loop, for losses that need one.
-      target_params: its parameters.
+      frozen: the models in the loop that do not learn, with their parameters: ``target``, ``reference``.
+      seed: of what the loss draws.
       accumulate: micro-batches per update.
       save_every: steps between checkpoints to resume from.
       keep_every: steps between checkpoints kept for good.
     """
     shardings = state_shardings(draft.config, optimizer, mesh)
-    target_shardings = None
-    if target is not None:
-        boxed = jax.eval_shape(lambda: init_boxed(target.config, jax.random.key(0)))
-        target_shardings = param_shardings(mesh, boxed)
-        target_params = jax.device_put(target_params, target_shardings)
-    step_fn = build_step(draft, target, loss, optimizer, mesh, shardings, target_shardings, accumulate)
+    models = {name: model for name, (model, _) in (frozen or {}).items()}
+    frozen_shardings = {name: _param_shardings(model, mesh) for name, model in models.items()}
+    frozen_params = {
+        name: jax.device_put(weights, frozen_shardings[name]) for name, (_, weights) in (frozen or {}).items()
+    }
+    step_fn = build_step(draft, models, loss, optimizer, mesh, shardings, frozen_shardings, accumulate, seed)
 
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep_every) as checkpoints:
         restored = checkpoints.restore_newest(abstract_state(optimizer, draft.config, shardings))
         start, state = restored or (0, create_state(optimizer, params, shardings))
-        log = _Log(folder, start, optimizer.steps, distilling=target is not None)
+        log = _Log(folder, start, optimizer.steps)
         for step in range(start, optimizer.steps):
             batch = _place(batches[step], mesh)
-            state, metrics = step_fn(state, target_params, batch)
+            state, metrics = step_fn(state, frozen_params, batch)
             log.dispatched(step + 1, metrics)
             finished = step + 1 == optimizer.steps
             if finished or (step + 1) % save_every == 0 or (keep_every and (step + 1) % keep_every == 0):
@@ -77,6 +78,10 @@ def train(
     return state.params
 
 
+def _param_shardings(model: Decoder, mesh: Mesh) -> Any:
+    return param_shardings(mesh, jax.eval_shape(lambda: init_boxed(model.config, jax.random.key(0))))
+
+
 def _place(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in rows.items()}
@@ -85,11 +90,11 @@ def _place(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 class _Log:
     """Writes step n - 1 after step n was dispatched, so that the device never waits for the host."""
 
-    def __init__(self, folder: Path, start: int, steps: int, distilling: bool):
+    def __init__(self, folder: Path, start: int, steps: int):
         self._metrics = StepLog(folder / "metrics.jsonl", start)
         self._timing = StepLog(folder / "timing.jsonl", start)
         self._bar = progress_bar(steps, folder.name, "step", initial=start)
-        self._name, self._distilling = folder.name, distilling
+        self._name = folder.name
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._clock = time.perf_counter()
 
@@ -112,8 +117,8 @@ class _Log:
         self._metrics.write(step, values)
         self._timing.write(step, {"seconds": round(seconds, 6), "tokens_per_second": round(rate, 1)})
         shown = {"loss": f"{values['loss']:.3f}", "tok/s": f"{rate:,.0f}"}
-        if self._distilling:
-            shown["acceptance"] = f"{values['acceptance']:.3f}"
+        if acceptance := values.get("acceptance", values.get("acceptance_low")):
+            shown["acceptance"] = f"{acceptance:.3f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(1)
         self._pending = None

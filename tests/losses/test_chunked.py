@@ -20,15 +20,23 @@ from jaxdraft.losses import (
     CrossEntropy,
     DenseTarget,
     Loss,
+    Positions,
+    Shared,
     TVDPlusPlus,
     agreement,
-    chunked,
     log_probs,
     overlap,
 )
+from jaxdraft.losses import chunked as chunked_positions
 
 N, D, E, V = 300, 16, 24, 500
 LOSSES = [CrossEntropy(), KL(), TVD(), TVDPlusPlus(temperature=0.7)]
+
+
+def chunked(loss, hidden, head, labels, weights, target_hidden=None, target_head=None, draft_ids_R=None, chunk=None):
+    """The engine, given arrays one by one."""
+    positions = Positions(labels, weights, target_hidden)
+    return chunked_positions(loss, hidden, head, positions, Shared(target_head, draft_ids_R), chunk)
 
 
 def example():
@@ -180,7 +188,7 @@ def test_memory_is_that_of_a_chunk():
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxdraft.losses import TVDPlusPlus, chunked
+from jaxdraft.losses import Positions, Shared, TVDPlusPlus, chunked
 
 assert jax.device_count() == 8
 arrays = tuple(np.load("arrays.npz").values())
@@ -190,7 +198,10 @@ rows, whole = P(axes), P()
 specs = rows, whole, rows, rows, rows, whole
 arrays = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs))
 
-run = lambda *arrays: chunked(TVDPlusPlus(), *arrays, chunk=16)
+def run(hidden, head, labels, weights, target_hidden, target_head):
+    positions = Positions(labels, weights, target_hidden)
+    return chunked(TVDPlusPlus(), hidden, head, positions, Shared(target_head), chunk=16)
+
 def program(run):
     def mean(*arrays):
         output = run(*arrays)
@@ -281,5 +292,5 @@ def test_what_does_not_fit_is_refused():
         chunked(KL(), *draft, target_hidden_NE, target_head_EV[:, :-1])
     with pytest.raises(ValueError, match="300 rows of hidden states, labels"):
         chunked(CrossEntropy(), hidden_ND, head_DV, labels_N[1:], weights_N)
-    with pytest.raises(ValueError, match=r"Averaged\.rows: one loss per position"):
+    with pytest.raises(ValueError, match=r"Averaged\.rows: one number per position"):
         chunked(Averaged(), *example())

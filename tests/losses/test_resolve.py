@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.losses import TVDPlusPlus, chunked, resolve_loss
+from jaxdraft.losses import Positions, Shared, TVDPlusPlus, chunked, resolve_loss
 
 USERS_MODULE = """
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ def test_a_users_loss(tmp_path, monkeypatch):
 
     rng = np.random.default_rng(0)
     hidden_ND, head_DV, target_ND = (rng.standard_normal(s, np.float32) for s in ((40, 8), (8, 30), (40, 8)))
-    arrays = np.zeros(40, int), np.ones(40, np.float32), target_ND, head_DV
-    total = lambda hidden_ND: chunked(loss, hidden_ND, head_DV, *arrays, chunk=16).sum
+    positions = Positions(np.zeros(40, int), np.ones(40, np.float32), target_ND)
+    total = lambda hidden_ND: chunked(loss, hidden_ND, head_DV, positions, Shared(head_DV), chunk=16).sum
     grad_ND = jax.jit(jax.grad(total))(hidden_ND)
     p_NV, q_NV = (jax.nn.softmax(x @ head_DV / 0.8) for x in (hidden_ND, target_ND))
     s_NV = -q_NV * 0.75 * p_NV / (0.25 * q_NV + 0.75 * p_NV)
@@ -48,7 +48,7 @@ def test_a_users_loss(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("TVDPlusPlu", "did you mean 'TVDPlusPlus'.*There: CrossEntropy, KL, TVD, TVDPlusPlus"),
+        ("TVDPlusPlu", "did you mean 'TVDPlusPlus'.*There: CrossEntropy, JSD, KL, .*TVDPlusPlusSampled"),
         ("Loss", "no loss 'Loss'"),
         ("no_such_module:MyLoss", "cannot import 'no_such_module'.*PYTHONPATH"),
         ("json:JSONDecoder", "no loss 'JSONDecoder' in 'json'.*There: none"),

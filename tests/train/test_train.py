@@ -52,12 +52,12 @@ def models():
 
 def one_step(mesh, models, loss, accumulate=1, draft=DRAFT):
     shardings = state_shardings(draft, OPTIMIZER, mesh)
-    target = Decoder(TARGET) if loss.needs_target else None
+    frozen = {"target": Decoder(TARGET)} if loss.needs_target else {}
     boxed = jax.eval_shape(lambda: init_params(TARGET, jax.random.key(0)))
-    target_shardings = param_shardings(mesh, boxed) if target else None
-    step = build_step(Decoder(draft), target, loss, OPTIMIZER, mesh, shardings, target_shardings, accumulate)
+    frozen_shardings = {name: param_shardings(mesh, boxed) for name in frozen}
+    step = build_step(Decoder(draft), frozen, loss, OPTIMIZER, mesh, shardings, frozen_shardings, accumulate)
     state = create_state(OPTIMIZER, jax.tree.map(jnp.copy, models[0]), shardings)
-    return step(state, models[1] if target else None, jax.tree.map(jnp.asarray, RandomRows()[0]))
+    return step(state, dict.fromkeys(frozen, models[1]), jax.tree.map(jnp.asarray, RandomRows()[0]))
 
 
 def plain_loss(loss, params, target_params, batch):
