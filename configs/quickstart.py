@@ -7,7 +7,8 @@ The corpus is the standard library of the Python that runs this: documentation (
 made from them (signature -> docstring, docstring -> body, module -> summary line). A tokenizer and a small target are
 trained on it; then comes what one does with a real target: pretrain a draft, let the target answer instructions it has
 not seen at four temperatures, distil with KL, TVD and TVD++ on nine parts answers and one part text (Direct Alignment,
-arXiv 2403.00858), measure on three held-out tasks that mirror the paper's, export the draft distilled with TVD++.
+arXiv 2403.00858) while block efficiency on held-out answers is logged, measure on three held-out tasks that mirror the
+paper's, export the draft distilled with TVD++.
 """
 
 from jaxdraft.data.stdlib import PythonLibrary, PythonTask
@@ -37,6 +38,7 @@ def distil(name, loss):
         warmup_steps=10,
         save_every=80,
         keep_every=40,
+        probe="probe",
     )
 
 
@@ -90,6 +92,15 @@ def recipe():
                 length=LENGTH,
                 batch_size=64,
                 shard_size=256,
+            ),
+            Generate(  # held out, at the temperatures of the tasks below
+                "probe",
+                prompts=(PythonTask("all", split="eval", limit=24, max_tokens=96),),
+                temperatures=(0.0, 0.6),
+                top_p=0.9,
+                max_new_tokens=64,
+                length=LENGTH,
+                batch_size=48,
             ),
             distil("distill-kl", KL()),
             distil("distill-tvd", TVD()),

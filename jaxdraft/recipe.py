@@ -47,7 +47,12 @@ class HFModel:
 
 
 READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
-    Train: {"data": (Prepare, Generate), "init": (Train,), "draft_vocabulary": (DraftVocabulary,)},
+    Train: {
+        "data": (Prepare, Generate),
+        "init": (Train,),
+        "draft_vocabulary": (DraftVocabulary,),
+        "probe": (Generate,),
+    },
     DraftVocabulary: {"data": (Prepare, Generate)},
     Evaluate: {"drafts": (Train,)},
     Export: {"draft": (Train,), "evaluation": (Evaluate,)},
@@ -113,10 +118,21 @@ class Recipe:
                 return stage
         raise ConfigError(unknown_name("stage", name, [stage.name for stage in self.stages]))
 
+    def probe(self, stage: Train) -> Generate | None:
+        """The stage on whose answers block efficiency is measured while ``stage`` learns."""
+        if not stage.probe_block_sizes:
+            return None
+        named = map(self.stage, stage.shares if stage.probe is None else (stage.probe,))
+        return next((other for other in named if isinstance(other, Generate)), None)
+
+    def uses_target(self, stage: Stage) -> bool:
+        """Whether a stage reads the target's weights: also one that only has its block efficiency measured."""
+        return stage.uses_target or (isinstance(stage, Train) and self.probe(stage) is not None)
+
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """Names of all stages whose output a stage reads, target and tokenizer included."""
         names = list(stage.needs)
-        if stage.uses_target and isinstance(self.target, str):
+        if self.uses_target(stage) and isinstance(self.target, str):
             names.append(self.target)
         if stage.uses_tokenizer and self.tokenizer is not None:
             names.append(self.tokenizer)

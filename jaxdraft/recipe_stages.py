@@ -76,6 +76,14 @@ class Train(OptimizerSettings, Stage):
       remat: recompute activations in the backward pass.
       save_every: steps between checkpoints to resume from.
       keep_every: steps between checkpoints that are kept, for block efficiency over training.
+      probe: the Generate stage on whose answers block efficiency is measured while this one learns, exact and without
+        decoding: held-out prompts at the temperatures that will be evaluated. ``None`` takes the first Generate stage
+        in ``data``, which is training text, and measures nothing where there is none. Only what the target wrote
+        counts.
+      probe_every: steps between these measurements, one before the first step and one after the last apart; ``None``
+        is a tenth of ``steps``.
+      probe_limit: answers of each temperature that are measured, the first ones.
+      probe_block_sizes: γ; none of them measures nothing.
     """
 
     data: str | dict[str, float]
@@ -88,6 +96,10 @@ class Train(OptimizerSettings, Stage):
     remat: bool = False
     save_every: int = 1000
     keep_every: int | None = None
+    probe: str | None = None
+    probe_every: int | None = None
+    probe_limit: int = 32
+    probe_block_sizes: tuple[int, ...] = (3, 5)
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,6 +110,8 @@ class Train(OptimizerSettings, Stage):
             )
         if self.save_every < 1 or (self.keep_every is not None and self.keep_every < 1):
             raise ConfigError(f"{self.name}: save_every and keep_every must be at least 1")
+        if min(1 if self.probe_every is None else self.probe_every, self.probe_limit, *self.probe_block_sizes) < 1:
+            raise ConfigError(f"{self.name}: probe_every, probe_limit and probe_block_sizes must be positive")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -110,8 +124,8 @@ class Train(OptimizerSettings, Stage):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        start = () if self.init in INITS else (self.init,)
-        return (*self.shares, *start, *(() if self.draft_vocabulary is None else (self.draft_vocabulary,)))
+        start = None if self.init in INITS else self.init
+        return (*self.shares, *filter(None, (start, self.draft_vocabulary, self.probe)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

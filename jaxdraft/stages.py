@@ -22,6 +22,7 @@ from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
+from jaxdraft.probe import efficiency_summary, probe
 from jaxdraft.recipe import (
     INITS,
     DraftVocabulary,
@@ -57,13 +58,15 @@ def run_train(stage: Train, context: Context) -> Outputs:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    target = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype()) if stage.uses_target else None
+    target = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype()) if recipe.uses_target(stage) else None
     config, start = _start(stage, context, target, rows)
+    draft = Decoder(config, remat=stage.remat)
+    measure = probe(stage, context, target, draft) if target else None
     teacher = target if stage.loss.needs_target else None
-    del target  # one that only gave the start does not stay in memory
+    del target  # one that only gave the start or its probabilities does not stay in memory
     params = train(
         folder,
-        draft=Decoder(config, remat=stage.remat),
+        draft=draft,
         params=start,
         loss=stage.loss,
         batches=batches,
@@ -74,17 +77,20 @@ def run_train(stage: Train, context: Context) -> Outputs:
         accumulate=stage.accumulate,
         save_every=stage.save_every,
         keep_every=stage.keep_every,
+        measure=measure,
+        measure_every=stage.probe_every or max(1, stage.steps // 10),
     )
     save_model(context.model_folder(stage.name), config, params)
     for file in tokenizer_files(context.tokenizer_folder):
         shutil.copyfile(file, context.model_folder(stage.name) / file.name)
     steps = read_jsonl(folder / "metrics.jsonl")
-    files = [folder / "metrics.jsonl", *sorted(context.model_folder(stage.name).iterdir())]
-    return files, {
+    logs = [folder / "metrics.jsonl", *([folder / "block_efficiency.jsonl"] if measure else [])]
+    return [*logs, *sorted(context.model_folder(stage.name).iterdir())], {
         "parameters": config.num_parameters,
         "steps": stage.steps,
         "tokens": int(sum(step["tokens"] for step in steps)),
         "loss": steps[-1]["loss"],
+        **efficiency_summary(read_jsonl(folder / "block_efficiency.jsonl") if measure else []),
         "shape": to_json(context.trained_config(stage)),
         **({} if config.head_ids is None else {"draft vocabulary": len(config.head_ids)}),
     }
@@ -171,7 +177,7 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
     found = dict(_fingerprints(stage, stage.name))
     if isinstance(context.recipe.target, HFModel):
-        if stage.uses_target:
+        if context.recipe.uses_target(stage):
             found["target"] = context.target_hash
         if stage.uses_tokenizer and context.recipe.tokenizer is None:
             found["tokenizer"] = context.tokenizer.fingerprint()
@@ -202,7 +208,7 @@ def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: E
             state = checkpoints.restore(abstract_state(train_stage, config, shardings), step)
             draft = Model.create(name, config, state.params)
             for baseline in evaluator.baselines:
-                acceptances = evaluator.acceptances(draft, baseline)
+                accepts = [a.accept_N for a in evaluator.acceptances(draft, baseline)]
                 for block_size in stage.block_sizes:
                     lines.append(
                         {
@@ -210,7 +216,7 @@ def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: E
                             "step": step,
                             "task": baseline.task.name,
                             "block_size": block_size,
-                            **offline_metrics(acceptances, block_size),
+                            **offline_metrics(accepts, block_size),
                         }
                     )
     return lines

@@ -13,18 +13,21 @@ from jaxdraft.errors import ConfigError
 
 
 class StepLog:
-    """A JSONL file with one line per step that a resumed run continues where its checkpoint stands.
+    """A JSONL file with the lines of some steps that a resumed run continues where its checkpoint stands.
 
     Args:
       path: of the file.
-      resume_after: lines of later steps, and a line cut short, are dropped first.
+      done: the steps whose lines the checkpoint has behind it; lines of others, and a line cut short, are dropped.
+
+    Raises:
+      ConfigError: a step of ``done`` has no line.
     """
 
-    def __init__(self, path: Path, resume_after: int = 0):
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_after]
-        if [json.loads(line)["step"] for line in kept] != list(range(1, resume_after + 1)):
+    def __init__(self, path: Path, done: Sequence[int] = ()):
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] in done]
+        if {json.loads(line)["step"] for line in kept} != set(done):
             raise ConfigError(
-                f"{path} lacks steps before {resume_after}, from where the checkpoint goes on: delete the folder "
+                f"{path} lacks steps before {done[-1]}, from where the checkpoint goes on: delete the folder "
                 f"{path.parent} to train it anew"
             )
         temporary = path.with_name(path.name + ".tmp")

@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "inspect": BELOW_STAGES,
     "context": BELOW_STAGES | {"export", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "tokenizer_training"},
-    "stages": BELOW_STAGES | {"context", "data_stages", "export", "recipe", "settings"},
+    "probe": BELOW_STAGES | {"context", "recipe"},
+    "stages": BELOW_STAGES | {"context", "data_stages", "export", "probe", "recipe", "settings"},
     "run": BELOW_STAGES | {"__init__", "context", "recipe", "settings", "stages"},
     "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "recipe_file", "run"},
 }

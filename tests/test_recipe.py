@@ -90,6 +90,10 @@ def test_arguments_fields_and_nested_values_can_be_set():
         ("distill.batch_size=0", "batch_size is 0"),
         ("distill.accumulate=3", "accumulate divides batch_size"),
         ("distill.save_every=0", "save_every"),
+        ("distill.probe=corpus", "no earlier Generate stage 'corpus'"),
+        ("target.probe=responses", "no earlier Generate stage 'responses'"),
+        ("distill.probe_every=0", "probe_every"),
+        ("distill.probe_block_sizes=3,0", "probe_block_sizes"),
         ("draft.num_kv_heads=3", "num_heads"),
         ("draft.hidden_size=15", "hidden_size"),
         ("corpus.length=1", "length is 1"),
@@ -118,6 +122,21 @@ def test_changes_of_one_stage_are_checked_together():
     both = ["distill.warmup_steps=1", "distill.steps=2", "distill.data.corpus=0.5", "distill.data.responses=0.5"]
     for assignments in (both, both[::-1]):
         assert load_recipe(TINY, assignments).stage("distill").warmup_steps == 1
+
+
+def test_a_stage_that_learns_from_answers_is_measured_on_them():
+    def probed(*assignments):
+        recipe = load_recipe(TINY, ["distill.loss=CrossEntropy", *assignments])
+        for stage in map(recipe.stage, ("pretrain", "distill")):
+            found = recipe.probe(stage)
+            assert recipe.uses_target(stage) == ("target" in recipe.needs(stage)) == (found is not None)
+            assert found is None or found.name in recipe.needs(stage)
+            yield found and found.name
+
+    assert [*probed()] == [None, "responses"]
+    assert [*probed("distill.data=corpus")] == [None, None]
+    assert [*probed("distill.data=corpus", "distill.probe=responses")] == [None, "responses"]
+    assert [*probed("distill.probe_block_sizes=()")] == [None, None]
 
 
 def test_every_shipped_recipe_loads():

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,10 @@ from safetensors.numpy import load_file
 
 from jaxdraft.cli import main
 from jaxdraft.data.records import PackedRows
+from jaxdraft.decode import acceptance_ratios
 from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.measure import Model
+from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.losses import TVDPlusPlus
 from jaxdraft.models.hf import load_config, load_model
@@ -33,7 +37,8 @@ from jaxdraft.tracking import read_jsonl, write_jsonl
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
 # Their bytes depend on recipe and seed alone; results hold times.
-REPEATABLE = ("*/metrics.jsonl", "responses/*.jsonl", "*/*.array_record", "export/*.safetensors", "export/*.json")
+REPEATABLE = ("*/metrics.jsonl", "*/block_efficiency.jsonl", "responses/*.jsonl", "*/*.array_record")
+REPEATABLE += ("export/*.safetensors", "export/*.json")
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +106,36 @@ def test_the_last_checkpoint_is_the_model_that_was_evaluated(tiny_run):
     for line in map(json.loads, (tiny_run / "evaluate" / "checkpoints.jsonl").read_text().splitlines()):
         if (line["draft"], line["step"]) == ("distill", 6):
             assert line["block_efficiency_offline"] == expected[line["task"]]
+
+
+def test_what_was_logged_while_a_draft_learned_ends_with_the_model_it_became(tiny_run):
+    lines = read_jsonl(tiny_run / "distill" / "block_efficiency.jsonl")
+    keys = [(line["step"], line["temperature"], line["block_size"]) for line in lines]
+    assert keys == list(itertools.product((0, 4, 6), (0.0, 1.0), (3, 5)))
+    target, draft = (Model.load(tiny_run / name / "model") for name in ("target", "distill"))
+    answers = [line for file in sorted((tiny_run / "responses").glob("responses-*.jsonl")) for line in read_jsonl(file)]
+    for line in lines[-4:]:
+        mine = [answer for answer in answers if answer["temperature"] == line["temperature"]]
+        text = [answer["prompt_tokens"] for answer in mine], [answer["tokens"] for answer in mine]
+        how = {"temperature": line["temperature"], "top_p": line["top_p"], "max_new_tokens": 16}
+        found = acceptance_ratios(target.decoder, target.params, draft.decoder, draft.params, *text, **how)
+        expected = offline_metrics([a.accept_N for a in found], line["block_size"])
+        assert line["block_efficiency_offline"] == pytest.approx(expected["block_efficiency_offline"], abs=1e-5)
+        assert line["block_efficiency_offline_ci95"] == pytest.approx(
+            expected["block_efficiency_offline_ci95"], abs=1e-5
+        )
+        assert (line["prompts"], line["tokens"]) == (len(mine), sum(map(len, text[1])))
+    record = json.loads((tiny_run / "distill" / "stage.json").read_text())
+    assert "block_efficiency.jsonl" in record["outputs"]
+    assert record["summary"]["block efficiency at γ 5"].endswith("(T 1, top-p 0.95)")
+    assert not (tiny_run / "pretrain" / "block_efficiency.jsonl").exists()
+
+
+def test_a_draft_that_learns_without_the_target_in_the_loop_is_measured_too(copy):
+    run(load_recipe(TINY, ["distill.loss=CrossEntropy", "distill.probe_block_sizes=2"]), copy, only=["distill"])
+    assert "acceptance" not in read_jsonl(copy / "distill" / "metrics.jsonl")[0]
+    assert {line["block_size"] for line in read_jsonl(copy / "distill" / "block_efficiency.jsonl")} == {2}
+    assert "target" in json.loads((copy / "distill" / "stage.json").read_text())["inputs"]
 
 
 def test_responses_keep_the_settings_that_made_them(tiny_run):

@@ -50,6 +50,7 @@ def recipe(*, steps: int = 6):
                 batch_size=10,
                 save_every=2,
                 keep_every=3,
+                probe_every=4,
             ),
             Evaluate(
                 "evaluate",

@@ -2,7 +2,14 @@
 
 from jaxdraft.decode.generate import GeneratedBatch, Seconds, generate, generate_batches
 from jaxdraft.decode.latency import step_latency
-from jaxdraft.decode.offline import Acceptance, acceptance_ratios, block_efficiency, expected_blocks
+from jaxdraft.decode.offline import (
+    Acceptance,
+    acceptance,
+    acceptance_ratios,
+    block_efficiency,
+    expected_blocks,
+    token_probabilities,
+)
 from jaxdraft.decode.sampling import Sampling, draw, probabilities
 from jaxdraft.decode.speculative import (
     SpeculativeBatch,
@@ -20,6 +27,7 @@ __all__ = [
     "Seconds",
     "SpeculativeBatch",
     "SpeculativeResult",
+    "acceptance",
     "acceptance_ratios",
     "block_efficiency",
     "draw",
@@ -31,5 +39,6 @@ __all__ = [
     "speculative_generate",
     "step_latency",
     "token_origins",
+    "token_probabilities",
     "verify",
 ]

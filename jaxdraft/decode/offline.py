@@ -71,14 +71,74 @@ def acceptance_ratios(
       FloatingPointError: a model gave logits that are not finite.
     """
     target_decoder.config.check_target()
+    found = _teacher_forced(
+        _compare,
+        [(target_decoder, target_params), (draft_decoder, draft_params)],
+        prompts,
+        answers,
+        temperature,
+        top_p,
+        max_new_tokens,
+        batch_size,
+    )
+    return [Acceptance(acceptance(p_N, q_N), overlap_N) for p_N, q_N, overlap_N in found]
+
+
+def token_probabilities(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    temperature: float | Sequence[float] = 0.0,
+    top_p: float | Sequence[float] = 1.0,
+    max_new_tokens: int | Sequence[int] = 0,
+    batch_size: int = 8,
+) -> list[np.ndarray]:
+    """What one model gives every token of the answers: q(x_j) of the target that wrote them, p(x_j) of a draft.
+
+    A target does not change while a draft learns: with its q kept, each look at the draft is a pass of the draft alone.
+
+    Args:
+      decoder: of either kind.
+      params: its parameters.
+      prompts: as of ``acceptance_ratios``, and so are the others.
+      answers: what the target wrote.
+      temperature: for all prompts or per prompt.
+      top_p: for all prompts or per prompt.
+      max_new_tokens: the limit under which the answers were written.
+      batch_size: rows of every batch.
+
+    Returns:
+      float64 arrays in the caller's order; where the temperature is 0, 1 for the most likely token and 0 for others.
+
+    Raises:
+      ConfigError: a prompt is empty, or there are not as many answers as prompts.
+      FloatingPointError: the model gave logits that are not finite.
+    """
+    models = [(decoder, params)]
+    found = _teacher_forced(_chosen, models, prompts, answers, temperature, top_p, max_new_tokens, batch_size)
+    return [p_N for (p_N,) in found]
+
+
+def acceptance(p_N: np.ndarray, q_N: np.ndarray) -> np.ndarray:
+    """a_j = min(1, p(x_j) / q(x_j)); 1 where rounding left nothing of q."""
+    return np.divide(p_N, q_N, out=np.ones_like(q_N), where=p_N < q_N)
+
+
+def _teacher_forced(
+    look, models, prompts, answers, temperature, top_p, max_new_tokens, batch_size
+) -> list[tuple[np.ndarray, ...]]:
+    """What ``look`` sees at every token of each answer; the last of what it returns is finite if all logits are."""
     if len(answers) != len(prompts) or not all(map(len, prompts)):
         raise ConfigError(f"{len(prompts)} prompts, {len(answers)} answers: give one per prompt, and no empty prompt")
     temperatures = per_prompt("temperature", temperature, len(prompts), np.float32)
     top_ps = per_prompt("top_p", top_p, len(prompts), np.float32)
     limits = per_prompt("max_new_tokens", max_new_tokens, len(prompts), np.int32)
     greedy = not np.any(temperatures)
+    decoders, params = zip(*models, strict=True)
     new = -(-max(map(len, answers), default=1) // _CHUNK) * _CHUNK
-    found: list[Acceptance] = [Acceptance(np.zeros(0), np.zeros(0)) for _ in prompts]
+    found: list[tuple[np.ndarray, ...]] = []
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     total = -(-max(lengths, default=1) // _LENGTH_STEP) * _LENGTH_STEP
     for begin in range(0, len(prompts), batch_size):
@@ -88,58 +148,80 @@ def acceptance_ratios(
         for row, i in enumerate(rows):
             text = [*prompts[i], *answers[i]]
             tokens_BT[row, : len(text)] = text
-        accept_BN, overlap_BN = _teacher_forced(
-            target_decoder,
-            target_params,
-            draft_decoder,
-            draft_params,
+        seen = _look_at_batch(
+            look,
+            decoders,
+            params,
             tokens_BT,
             np.asarray([len(prompts[i]) for i in rows], np.int32),
             np.asarray([len(prompts[i]) + max(len(answers[i]), limits[i]) for i in rows], np.int32),
             new,
             None if greedy else Sampling(temperatures[rows], top_ps[rows]),
         )
+        seen = [np.asarray(x, np.float64) for x in seen]
         for row, i in enumerate(indices):
-            n = len(answers[i])
-            found[i] = Acceptance(*(np.asarray(x[row, :n], np.float64) for x in (accept_BN, overlap_BN)))
-            if not np.all(np.isfinite(found[i].overlap_N)):
+            found.append(tuple(x[row, : len(answers[i])] for x in seen))
+            if not np.all(np.isfinite(found[i][-1])):
                 raise FloatingPointError(f"logits that are not finite for prompt {i}: are the weights damaged?")
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "new"))
-def _teacher_forced(
-    target_decoder, target_params, draft_decoder, draft_params, tokens_BT, start_B, end_B, new, sampling
-):
+@functools.partial(jax.jit, static_argnames=("look", "decoders", "new"))
+def _look_at_batch(look, decoders, params, tokens_BT, start_B, end_B, new, sampling):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     written_BN = jnp.minimum(start_B[:, None] + jnp.arange(new), tokens_BT.shape[1] - 1)
 
     def before_written(decoder, params):
         long_B = long_rows(decoder.config, end_B)
         hidden_BTD = decoder.apply({"params": params}, tokens_BT, positions_BT, long_B=long_B)
-        return jnp.take_along_axis(hidden_BTD, written_BN[..., None] - 1, axis=1), head_weight(decoder.config, params)
+        return jnp.take_along_axis(hidden_BTD, written_BN[..., None] - 1, axis=1)
 
-    target_BND, target_head_DV = before_written(target_decoder, target_params)
-    draft_BND, draft_head_DV = before_written(draft_decoder, draft_params)
-    labels_BN = jnp.take_along_axis(tokens_BT, written_BN, axis=1)
+    def in_chunks(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], new // _CHUNK, _CHUNK, *x.shape[2:]), 1, 0)
 
-    def compare(chunk):
-        labels_BC, target_BCD, draft_BCD = chunk
-        q_BCV, p_BCV = logits(target_BCD, target_head_DV), logits(draft_BCD, draft_head_DV)
-        nan_BC = jnp.where(jnp.isfinite(jnp.max(q_BCV, -1) + jnp.max(p_BCV, -1)), 0.0, jnp.nan)
-        if sampling is None:
-            guess_BC = token_ids(draft_decoder.config, jnp.argmax(p_BCV, axis=-1))
-            return (guess_BC == labels_BC) + nan_BC, (guess_BC == jnp.argmax(q_BCV, axis=-1)) + nan_BC
-        q_BCV, p_BCV = probabilities(q_BCV, sampling), widen(draft_decoder.config, probabilities(p_BCV, sampling))
-        q_BC, p_BC = (jnp.take_along_axis(x, labels_BC[..., None], axis=-1)[..., 0] for x in (q_BCV, p_BCV))
-        accept_BC = jnp.where(p_BC < q_BC, p_BC / jnp.where(q_BC > 0, q_BC, 1.0), 1.0)
-        return accept_BC + nan_BC, jnp.sum(jnp.minimum(p_BCV, q_BCV), axis=-1) + nan_BC
+    configs = [decoder.config for decoder in decoders]
+    heads = list(map(head_weight, configs, params))
 
-    chunked = [
-        jnp.moveaxis(x.reshape(x.shape[0], new // _CHUNK, _CHUNK, *x.shape[2:]), 1, 0)
-        for x in (labels_BN, target_BND, draft_BND)
-    ]
-    return [jnp.moveaxis(x, 0, 1).reshape(-1, new) for x in jax.lax.map(compare, chunked)]
+    def look_at_chunk(chunk):
+        labels_BC, hidden = chunk
+        return look(sampling, labels_BC, *zip(configs, map(logits, hidden, heads), strict=True))
+
+    hidden = [in_chunks(before_written(*model)) for model in zip(decoders, params, strict=True)]
+    labels = in_chunks(jnp.take_along_axis(tokens_BT, written_BN, axis=1))
+    return [jnp.moveaxis(x, 0, 1).reshape(-1, new) for x in jax.lax.map(look_at_chunk, (labels, hidden))]
+
+
+def _chosen(sampling, labels_BC, model):
+    """``p(x_j)`` of one model."""
+    config, logits_BCV = model
+    if sampling is None:
+        return ((_likeliest(config, logits_BCV) == labels_BC) + _nan_where_broken(logits_BCV),)
+    probs_BCV = widen(config, probabilities(logits_BCV, sampling))
+    return (_at(probs_BCV, labels_BC) + _nan_where_broken(logits_BCV),)
+
+
+def _compare(sampling, labels_BC, target, draft):
+    """``p(x_j)``, ``q(x_j)`` and ``Σ min(p, q)``; greedy text is the target's most likely, so q is 1."""
+    (target_config, q_BCV), (draft_config, p_BCV) = target, draft
+    nan_BC = _nan_where_broken(q_BCV) + _nan_where_broken(p_BCV)
+    if sampling is None:
+        guess_BC = _likeliest(draft_config, p_BCV)
+        agree_BC = guess_BC == _likeliest(target_config, q_BCV)
+        return guess_BC == labels_BC, jnp.ones(labels_BC.shape), agree_BC + nan_BC
+    q_BCV, p_BCV = probabilities(q_BCV, sampling), widen(draft_config, probabilities(p_BCV, sampling))
+    return _at(p_BCV, labels_BC), _at(q_BCV, labels_BC), jnp.sum(jnp.minimum(p_BCV, q_BCV), axis=-1) + nan_BC
+
+
+def _likeliest(config, logits_BCV):
+    return token_ids(config, jnp.argmax(logits_BCV, axis=-1))
+
+
+def _at(probs_BCV, labels_BC):
+    return jnp.take_along_axis(probs_BCV, labels_BC[..., None], axis=-1)[..., 0]
+
+
+def _nan_where_broken(logits_BCV):
+    return jnp.where(jnp.isfinite(jnp.max(logits_BCV, axis=-1)), 0.0, jnp.nan)
 
 
 def expected_blocks(accept_N: np.ndarray, block_size: int) -> float:

@@ -72,6 +72,7 @@ class RunDirectory:
         the stage that trained the draft.
       samples: the lines of samples.jsonl with the same ``draft``.
       checkpoints: the lines of checkpoints.jsonl.
+      while_learning: the lines of block_efficiency.jsonl with ``draft``, the stage that wrote it.
       parameters: draft stage -> {"target", "draft", "ratio"}.
     """
 
@@ -82,6 +83,7 @@ class RunDirectory:
     results: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
+    while_learning: list[dict[str, Any]]
     parameters: dict[str, dict[str, float]]
 
     def stage(self, name: str) -> Stage | None:
@@ -151,8 +153,10 @@ def read_run(folder: Path) -> RunDirectory:
     planned = recipe.get("stages", [])
     answers = {stage["name"] for stage in planned if stage.get("kind") == "Generate"}
     stages = [_read_stage(folder, stage, answers) for stage in planned]
-    results, samples, checkpoints, parameters = [], [], [], {}
+    results, samples, checkpoints, while_learning, parameters = [], [], [], [], {}
     for stage in stages:
+        measured = read_lines(folder / stage.name / "block_efficiency.jsonl")
+        while_learning += [{"draft": stage.name, **line} for line in measured]
         checkpoints += read_lines(folder / stage.name / "checkpoints.jsonl")
         for file in sorted((folder / stage.name).glob("*/results.json")):
             content = _read_json(file)
@@ -161,7 +165,7 @@ def read_run(folder: Path) -> RunDirectory:
             samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
             parameters[draft] = content["parameters"]
     record = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    return RunDirectory(folder, recipe, record, stages, results, samples, checkpoints, parameters)
+    return RunDirectory(folder, recipe, record, stages, results, samples, checkpoints, while_learning, parameters)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

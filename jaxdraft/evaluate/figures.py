@@ -161,14 +161,14 @@ def draw_bars(
     return _picture(file, f"{label}, {title}, by task and draft", draw, height=3.5)
 
 
-def draw_checkpoints(
+def draw_growth(
     file: str,
     lines: Sequence[Mapping[str, Any]],
     before: Mapping[str, float],
     known: Mapping[str, Look],
     title: str,
 ) -> Picture:
-    """Block efficiency over a draft's checkpoints with bands; ``before`` gives undistilled drafts as level lines."""
+    """Block efficiency over a draft's steps with bands; ``before`` gives undistilled drafts as level lines."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -195,7 +195,7 @@ def draw_checkpoints(
         axes.set_title(title)
         _legend(figure, axes)
 
-    return _picture(file, f"Block efficiency over checkpoints, {title}", draw)
+    return _picture(file, f"Block efficiency over steps, {title}", draw)
 
 
 def draw_positions(file: str, rows: Sequence[Mapping[str, Any]], known: Mapping[str, Look], title: str) -> Picture:

@@ -217,7 +217,7 @@ class Evaluator:
             "block_size": block_size,
             **baseline.decoding,
             **counted,
-            **metrics.offline_metrics(acceptances, block_size),
+            **metrics.offline_metrics([a.accept_N for a in acceptances], block_size),
             **metrics.overlap_metrics(acceptances),
             **_speeds(baseline, results, batches),
             **latencies,

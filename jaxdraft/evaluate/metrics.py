@@ -86,10 +86,10 @@ def acceptance_metrics(results: Sequence[SpeculativeResult], block_size: int, ra
     }
 
 
-def offline_metrics(acceptances: Sequence[Acceptance], block_size: int) -> dict[str, Any]:
-    """The exact expected block efficiency on the target's own text, without decoding."""
-    tokens = [len(a.accept_N) for a in acceptances]
-    blocks = [expected_blocks(a.accept_N, block_size) for a in acceptances]
+def offline_metrics(accepts: Sequence[np.ndarray], block_size: int) -> dict[str, Any]:
+    """The exact expected block efficiency on the target's own text, without decoding, from each answer's a_j."""
+    tokens = [len(accept_N) for accept_N in accepts]
+    blocks = [expected_blocks(accept_N, block_size) for accept_N in accepts]
     return with_interval("block_efficiency_offline", ratio_of_sums(tokens, blocks), len(tokens))
 
 

@@ -39,6 +39,7 @@ def write_report(workdir: Path) -> Path:
         "block_efficiency": _bar_pictures(run, known, "block_efficiency", "block efficiency\n(tokens per target run)"),
         "mbsu": _bar_pictures(run, known, "mbsu", "MBSU\n(× target alone)"),
         "speed": _bar_pictures(run, known, "token_rate_ratio", "measured token rate\n(× target alone)"),
+        "while_learning": _learning_pictures(run, known),
         "checkpoints": _checkpoint_pictures(run, known),
         "positions": _position_pictures(run, known),
     }
@@ -79,6 +80,7 @@ def _context(run: RunDirectory, summary: Summary, pictures: Mapping[str, Sequenc
         "mbsu": pivot(run, "mbsu"),
         "speed": speed_table(run, summary.best),
         "other_speeds": [(draft, speed_table(run, draft)) for draft in run.drafts if draft != summary.best],
+        "learning_block_size": max((line["block_size"] for line in run.while_learning), default=None),
         "checkpoint_block_size": min((line["block_size"] for line in run.checkpoints), default=None),
         "position_block_size": max((row["block_size"] for row in run.results), default=None),
         "samples": _samples(run, summary),
@@ -118,6 +120,20 @@ def _bar_pictures(run: RunDirectory, known: Mapping[str, Look], metric: str, lab
     return pictures
 
 
+def _learning_pictures(run: RunDirectory, known: Mapping[str, Look]) -> list[Picture]:
+    """A figure for each temperature, at the largest block size."""
+    distilled = [stage.name for stage in run.stages if stage.distilled]
+    largest = max((line["block_size"] for line in run.while_learning), default=None)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for line in run.while_learning:
+        if line["draft"] in distilled and line["block_size"] == largest:
+            groups.setdefault(decoding(line), []).append(line)
+    return [
+        figures.draw_growth(f"while_learning_{i}.png", lines, {}, known, how)
+        for i, (how, lines) in enumerate(groups.items(), start=1)
+    ]
+
+
 def _checkpoint_pictures(run: RunDirectory, known: Mapping[str, Look]) -> list[Picture]:
     distilled = [stage.name for stage in run.stages if stage.distilled]
     lines = [line for line in run.checkpoints if line["draft"] in distilled]
@@ -133,7 +149,7 @@ def _checkpoint_pictures(run: RunDirectory, known: Mapping[str, Look]) -> list[P
             and row.get("block_efficiency_offline") is not None
         }
         mine = [line for line in lines if line["task"] == task]
-        pictures.append(figures.draw_checkpoints(f"checkpoints_{i}.png", mine, before, known, task))
+        pictures.append(figures.draw_growth(f"checkpoints_{i}.png", mine, before, known, task))
     return pictures
 
 

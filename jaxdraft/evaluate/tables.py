@@ -142,7 +142,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def write_csvs(folder: Path, run: RunDirectory) -> None:
-    """results.csv, acceptance_by_position.csv, checkpoints.csv and stages.csv, at full precision."""
+    """results, acceptance_by_position, checkpoints, while_learning and stages as CSV files, at full precision."""
     results = [{key: row[key] for key in row if key != "acceptance_by_position"} for row in run.results]
     positions = [
         {**{key: row.get(key) for key in _KEY}, "position": i, "accepted": share}
@@ -153,7 +153,8 @@ def write_csvs(folder: Path, run: RunDirectory) -> None:
         {"name": stage.name, "kind": stage.kind, "status": stage.status, "seconds": stage.seconds, **stage.summary}
         for stage in run.stages
     ]
-    tables = {"results": results, "acceptance_by_position": positions, "checkpoints": run.checkpoints, "stages": stages}
+    tables = {"results": results, "acceptance_by_position": positions, "stages": stages}
+    tables |= {"checkpoints": run.checkpoints, "while_learning": run.while_learning}
     for name, rows in tables.items():
         if rows:
             _write_csv(folder / f"{name}.csv", rows)

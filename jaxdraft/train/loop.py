@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ def train(
     accumulate: int = 1,
     save_every: int = 1000,
     keep_every: int | None = None,
+    measure: Callable[[Params], Sequence[dict[str, Any]]] | None = None,
+    measure_every: int = 1000,
 ) -> Params:
     """Trains to the last step and returns the parameters; a second call with the same folder goes on where it stood.
 
     Args:
-      folder: gets ``checkpoints/``, ``metrics.jsonl`` (byte-identical however often the run was interrupted) and
-        ``timing.jsonl``.
+      folder: gets ``checkpoints/``, ``metrics.jsonl`` and ``block_efficiency.jsonl`` (byte-identical however often
+        the run was interrupted) and ``timing.jsonl``.
       draft: the model that learns.
       params: its initial parameters.
       loss: what it learns.
@@ -52,6 +54,9 @@ def train(
       accumulate: micro-batches per update.
       save_every: steps between checkpoints to resume from.
       keep_every: steps between checkpoints kept for good.
+      measure: gives the lines of ``block_efficiency.jsonl`` for the parameters it is shown: before the first step,
+        after the last, and in between.
+      measure_every: steps between measurements.
     """
     shardings = state_shardings(draft.config, optimizer, mesh)
     models = {name: model for name, (model, _) in (frozen or {}).items()}
@@ -64,11 +69,17 @@ def train(
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep_every) as checkpoints:
         restored = checkpoints.restore_newest(abstract_state(optimizer, draft.config, shardings))
         start, state = restored or (0, create_state(optimizer, params, shardings))
-        log = _Log(folder, start, optimizer.steps)
+        measured = [] if measure is None else sorted({*range(0, optimizer.steps, measure_every), optimizer.steps})
+        log = _Log(folder, start, optimizer.steps, measured=measured)
+        if measure is not None and start == 0:
+            log.measured(0, measure(state.params))
         for step in range(start, optimizer.steps):
             batch = _place(batches[step], mesh)
             state, metrics = step_fn(state, frozen_params, batch)
             log.dispatched(step + 1, metrics)
+            if measure is not None and step + 1 in measured:
+                log.flush()  # which refuses numbers that are not finite
+                log.measured(step + 1, measure(state.params))
             finished = step + 1 == optimizer.steps
             if finished or (step + 1) % save_every == 0 or (keep_every and (step + 1) % keep_every == 0):
                 log.flush()
@@ -90,9 +101,15 @@ def _place(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 class _Log:
     """Writes step n - 1 after step n was dispatched, so that the device never waits for the host."""
 
-    def __init__(self, folder: Path, start: int, steps: int):
-        self._metrics = StepLog(folder / "metrics.jsonl", start)
-        self._timing = StepLog(folder / "timing.jsonl", start)
+    def __init__(self, folder: Path, start: int, steps: int, measured: Sequence[int]):
+        done = range(1, start + 1)
+        self._metrics = StepLog(folder / "metrics.jsonl", done)
+        self._timing = StepLog(folder / "timing.jsonl", done)
+        self._efficiency: StepLog | None = None
+        if measured:
+            seen = [step for step in measured if step <= start] if start else []
+            self._efficiency = StepLog(folder / "block_efficiency.jsonl", seen)
+        self._shown: dict[str, str] = {}
         self._bar = progress_bar(steps, folder.name, "step", initial=start)
         self._name = folder.name
         self._pending: tuple[int, dict[str, Any]] | None = None
@@ -119,12 +136,22 @@ class _Log:
         shown = {"loss": f"{values['loss']:.3f}", "tok/s": f"{rate:,.0f}"}
         if acceptance := values.get("acceptance", values.get("acceptance_low")):
             shown["acceptance"] = f"{acceptance:.3f}"
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(shown | self._shown, refresh=False)
         self._bar.update(1)
         self._pending = None
+
+    def measured(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
+        assert self._efficiency is not None
+        for line in lines:
+            self._efficiency.write(step, line)
+        largest = max(line["block_size"] for line in lines)
+        values = [f"{line['block_efficiency_offline']:.2f}" for line in lines if line["block_size"] == largest]
+        self._shown = {f"τ{largest}": "/".join(values)}
+        self._clock = time.perf_counter()
 
     def close(self) -> None:
         self.flush()
         self._bar.close()
-        self._metrics.close()
-        self._timing.close()
+        for log in (self._metrics, self._timing, self._efficiency):
+            if log is not None:
+                log.close()

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from jaxdraft.decode import acceptance_ratios, block_efficiency, expected_blocks, generate, speculative_generate
+from jaxdraft.decode import (
+    acceptance,
+    acceptance_ratios,
+    block_efficiency,
+    expected_blocks,
+    generate,
+    speculative_generate,
+    token_probabilities,
+)
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder
 from jaxdraft.models.hf import load_model
@@ -86,6 +94,28 @@ def test_overlap_and_acceptance_are_those_of_the_distributions(tiny, prompts, pl
         rows = np.arange(len(answer))
         np.testing.assert_allclose(ratio.overlap_N, np.minimum(p, q).sum(axis=1), rtol=1e-4)
         np.testing.assert_allclose(ratio.accept_N, np.minimum(1, p[rows, answer] / q[rows, answer]), rtol=1e-3)
+
+
+def test_each_model_alone_gives_the_same_acceptance(tiny, prompts):
+    """Mixed temperatures in one batch, as while a draft learns, against one temperature for all."""
+    count = len(prompts)
+    how = {"temperature": [0.0] * count + [0.8] * count, "top_p": [1.0] * count + [0.9] * count}
+    answers = generate(tiny.target, tiny.target_params, prompts * 2, max_new_tokens=LIMIT, **how)
+    q, p = (
+        token_probabilities(decoder, params, prompts * 2, answers, **how)
+        for decoder, params in (tiny.models[:2], tiny.models[2:])
+    )
+    for rows, one in ((slice(count), {}), (slice(count, None), {"temperature": 0.8, "top_p": 0.9})):
+        expected = acceptance_ratios(*tiny.models, prompts, answers[rows], **one)
+        for p_N, q_N, whole in zip(p[rows], q[rows], expected, strict=True):
+            np.testing.assert_allclose(acceptance(p_N, q_N), whole.accept_N, rtol=1e-4)
+    assert all((q_N == 1).all() for q_N in q[:count])
+    assert 0.02 < np.mean(np.concatenate([acceptance(*pair) for pair in zip(p, q, strict=True)]) < 1) < 0.98
+
+
+def test_acceptance_of_certain_probabilities():
+    p_N, q_N = np.asarray([0.1, 0.4, 0.0, 0.0, 0.3]), np.asarray([0.4, 0.1, 0.5, 0.0, 0.3])
+    assert acceptance(p_N, q_N).tolist() == [0.25, 1, 0, 1, 1]
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_offline_figures_pool_over_prompts():
         Acceptance(np.asarray([0.0, 1.0]), np.asarray([0.5, 0.5])),
     ]
     # γ = 2, greedy: blocks end after tokens 3 and 4 of the first answer, after tokens 1 and 2 of the second.
-    assert metrics.offline_metrics(seen, 2)["block_efficiency_offline"] == pytest.approx(6 / 4)
+    assert metrics.offline_metrics([a.accept_N for a in seen], 2)["block_efficiency_offline"] == pytest.approx(6 / 4)
     assert metrics.overlap_metrics(seen)["overlap"] == pytest.approx(3.6 / 6)
 
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import html
+import itertools
 import json
 import re
 import shutil
@@ -177,6 +178,14 @@ def make_run(folder: Path) -> None:
                 line = {"draft": draft, "step": step, "task": task, "block_size": 3, "block_efficiency_offline": height}
                 checkpoints.append(line | {"block_efficiency_offline_ci95": [height - 0.08, height + 0.08]})
     write_lines(folder / "evaluate" / "checkpoints.jsonl", checkpoints)
+    for i, draft in enumerate(DRAFTS[1:]):
+        measured = []
+        for step, temperature, block_size in itertools.product(range(0, 401, 40), (0.0, 0.6), (3, 5)):
+            height = 1.5 + 0.4 * block_size * (1 - np.exp(-step / (80 + 40 * i))) * (1 - 0.3 * temperature)
+            line = {"step": step, "temperature": temperature, "top_p": 0.9, "block_size": block_size}
+            line |= {"block_efficiency_offline": height, "block_efficiency_offline_ci95": [height - 0.1, height + 0.1]}
+            measured.append(line | {"prompts": 32, "tokens": 2048})
+        write_lines(folder / draft / "block_efficiency.jsonl", measured)
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +230,9 @@ def test_files(drawn: dict[str, bytes]) -> None:
     metrics = ("block_efficiency", "mbsu", "token_rate_ratio")
     bars = {f"{metric}_gamma_{block_size}.png" for metric in metrics for block_size in (3, 5)}
     each = {f"{kind}_{i}.png" for kind in ("checkpoints", "positions") for i in (1, 2, 3)}
+    each |= {"while_learning_1.png", "while_learning_2.png"}
     pictures = bars | each | {"loss.png", "acceptance.png", "loss_distillation.png"}
-    tables = {"results.csv", "acceptance_by_position.csv", "checkpoints.csv", "stages.csv"}
+    tables = {"results.csv", "acceptance_by_position.csv", "checkpoints.csv", "while_learning.csv", "stages.csv"}
     assert set(drawn) == pictures | tables | {"index.html"}
     inline = re.findall(r'src="data:image/png;base64,([^"]+)"', drawn["index.html"].decode())
     assert sorted(map(base64.b64decode, inline)) == sorted(drawn[name] for name in pictures)
@@ -318,11 +328,16 @@ def test_every_figure_draws_the_run_s_own(run: Path, drawn: dict[str, bytes]) ->
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[9]["acceptance"] += 0.2
     write_lines(file, lines)
+    file = run / "distill_tvd" / "block_efficiency.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (lines[7]["temperature"], lines[7]["block_size"]) == (0.6, 5)
+    lines[7]["block_efficiency_offline"] += 0.2
+    write_lines(file, lines)
     now = contents(write_report(run).parent)
     changed = {name for name in now if name.endswith(".png") and now[name] != drawn[name]}
     bars = {"block_efficiency_gamma_3.png", "mbsu_gamma_5.png", "token_rate_ratio_gamma_3.png"}
     # Tasks are numbered in their order: 1 is open-ended, 2 the summary.
-    assert changed == bars | {"positions_1.png", "checkpoints_2.png", "acceptance.png"}
+    assert changed == bars | {"positions_1.png", "checkpoints_2.png", "while_learning_2.png", "acceptance.png"}
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -405,6 +420,7 @@ def test_a_run_that_only_pretrained(run: Path) -> None:
     assert {path.name for path in index.parent.iterdir()} == {"index.html", "loss.png", "stages.csv"}
     words = text_of(index.read_text())
     assert "2 of 10 stage(s) done" in words
+    assert "no draft was distilled beside answers of the target" in words
     assert "distill_kl not run Trains with KL, starting from pretrain" in words
 
 
@@ -422,7 +438,8 @@ def test_a_stage_that_has_no_steps_yet_is_no_error(run: Path, trained: tuple[str
             shutil.rmtree(path)
     pictures = {path.name for path in write_report(run).parent.glob("*.png")}
     others = {"loss.png"} if trained else set()
-    compared = {"acceptance.png"} if "distill_kl" in trained else set()
+    measured = {"acceptance.png", "while_learning_1.png", "while_learning_2.png"}
+    compared = measured if "distill_kl" in trained else set()
     assert pictures == {"loss_distillation.png"} | others | compared
 
 

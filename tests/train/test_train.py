@@ -164,10 +164,14 @@ def run(folder, mesh, models, batches=None):
         batches=batches or RandomRows(),
         optimizer=OPTIMIZER,
         mesh=mesh,
-        target=Decoder(TARGET),
-        target_params=models[1],
+        frozen={"target": (Decoder(TARGET), models[1])},
         save_every=2,
         keep_every=3,
+        measure=lambda params: [
+            {"block_size": block_size, "block_efficiency_offline": float(params["embed"][block_size].sum())}
+            for block_size in (3, 5)
+        ],
+        measure_every=4,
     )
 
 
@@ -193,6 +197,12 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, mesh, models):
     lines = [json.loads(line) for line in metrics[0].splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "acceptance", "agreement", "learning_rate", "grad_norm", "tokens"} <= lines[0].keys()
+    measured = [(tmp_path / name / "block_efficiency.jsonl").read_bytes() for name in ("whole", "cut")]
+    assert measured[0] == measured[1]
+    lines = [json.loads(line) for line in measured[0].splitlines()]
+    steps_and_sizes = [(line["step"], line["block_size"]) for line in lines]
+    assert steps_and_sizes == [(step, block_size) for step in (0, 4, 6) for block_size in (3, 5)]
+    assert lines[-1]["block_efficiency_offline"] == float(whole["embed"][5].sum())
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, mesh, models):
