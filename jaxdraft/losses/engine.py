@@ -183,13 +183,15 @@ def batch_statistics(
 
 
 def default_chunk(vocabulary: int) -> int:
-    """Positions per chunk: 2 MiB of float32 logits on a CPU, whose caches hold that, 128 MiB elsewhere; at least 128.
+    """Positions per chunk: 2 MiB of float32 logits on a CPU, whose caches hold that, and at least 64; 128 MiB and at
+    least 128 elsewhere.
 
     Every chunk reads the head twice and its gradient once and writes it once, about 2/C bytes for each floating-point
-    operation: accelerators need some 500 positions before the products dominate.
+    operation: accelerators need some 500 positions before the products dominate. A loss may hold eight times a chunk's
+    logits, which with 64 positions is what the head's gradient takes at a hidden size of 512.
     """
-    budget = (2 if jax.default_backend() == "cpu" else 128) * 2**20
-    return max(128, budget // (4 * vocabulary))
+    budget, least = (2 * 2**20, 64) if jax.default_backend() == "cpu" else (128 * 2**20, 128)
+    return max(least, budget // (4 * vocabulary))
 
 
 def _checked(loss, hidden_ND, head_DR, positions, shared, chunk) -> tuple[int, Shared]:
