@@ -91,7 +91,7 @@ class Context:
         return tuple(json.loads((self.folder(stage) / VOCABULARY).read_text())["ids"])
 
     def rows(self, stage: str) -> PackedRows:
-        """The packed rows of a Prepare or Generate stage.
+        """The packed rows of a Prepare, Generate or Score stage.
 
         Raises:
           ConfigError: they were made with another tokenizer.

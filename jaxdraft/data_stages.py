@@ -1,4 +1,4 @@
-"""The stages that make data: a tokenizer, packed rows, the target's answers, a draft's vocabulary."""
+"""The stages that make data: a tokenizer, packed rows, the target's answers and scores, a draft's vocabulary."""
 
 import collections
 import dataclasses
@@ -17,8 +17,9 @@ from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.decode import generate_batches
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
-from jaxdraft.recipe import DraftVocabulary, Generate, Prepare, TrainTokenizer
+from jaxdraft.recipe import DraftVocabulary, Generate, Prepare, Score, TrainTokenizer
 from jaxdraft.settings import to_json
+from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizer_training import train_sentencepiece
 from jaxdraft.tokenizers import tokenizer_files
 from jaxdraft.tracking import progress_bar, read_jsonl, write_jsonl
@@ -62,6 +63,10 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
     if not questions:
         raise ConfigError(f"{stage.name}: no prompts: all of them are longer than the source's max_tokens allows")
+    stored = stage.keep_logits and target_logits(stage.name, stage.keep_logits, context)
+    if stored:
+        tokens = sum(len(question.prompt.tokens) + stage.max_new_tokens for question in questions)
+        check_space(stage.name, tokens, stored, context, at_most=True)
     shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
     paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
     target: Model | None = None
@@ -72,6 +77,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
                 continue
             target = target or Model.load(context.target_folder)
             write_jsonl(path, _answers(stage, context, target, shard, bar.update))
+    del target  # the scoring pass loads it in the shape for training
     lines = [line for path in paths for line in read_jsonl(path)]
 
     def examples() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
@@ -80,11 +86,20 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
             yield prompt + answer, [int(stage.train_on_prompts)] * len(prompt) + [1] * len(answer)
 
     counts: collections.Counter[str] = collections.Counter()
-    rows = pack_whole(examples(), stage.length, counts)
+    packed = pack_whole(examples(), stage.length, counts)
+    rows = scored(stage.name, packed, stored, context) if stored else packed
     source = {"target": to_json(context.recipe.target)}
-    files, summary = _write_rows(stage.name, rows, stage.length, source, counts, context)
+    files, summary = _write_rows(stage.name, rows, stage.length, source, counts, context, stored)
     ended = sum(line["finish"] == "eos" for line in lines)
     return [*paths, *files], {"answers": len(lines), "ended by EOS": f"{ended / len(lines):.0%}", **summary}
+
+
+def run_score(stage: Score, context: Context) -> Outputs:
+    rows, stored = context.rows(stage.data), target_logits(stage.name, stage.keep_logits, context)
+    check_space(stage.name, len(rows) * rows.length, stored, context)
+    source, counts = rows.manifest["source"]["settings"], rows.manifest["counts"]
+    found = scored(stage.name, (rows[i] for i in range(len(rows))), stored, context, len(rows))
+    return _write_rows(stage.name, found, rows.length, source, counts, context, stored)
 
 
 def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
@@ -119,7 +134,7 @@ def _documents(sources: Sequence[Any], name: str) -> Iterator[str]:
             yield document
 
 
-def _write_rows(name, rows, length, source, counts, context: Context) -> Outputs:
+def _write_rows(name, rows, length, source, counts, context: Context, stored=None) -> Outputs:
     folder = context.folder(name)
     manifest = write_rows(
         folder,
@@ -129,6 +144,7 @@ def _write_rows(name, rows, length, source, counts, context: Context) -> Outputs
         tokenizer_fingerprint=context.tokenizer.fingerprint(),
         source={"settings": source},
         counts=counts,
+        target_logits=stored,
     )
     files = [folder / MANIFEST, *(folder / shard["file"] for shard in manifest["shards"])]
     return files, {"rows": manifest["rows"], "tokens": manifest["tokens"], **counts}

@@ -14,7 +14,9 @@ from jaxdraft.recipe_stages import (
     Export,
     Generate,
     Prepare,
+    Score,
     Stage,
+    TopK,
     Train,
     TrainTokenizer,
 )
@@ -30,7 +32,9 @@ __all__ = [
     "HFModel",
     "Prepare",
     "Recipe",
+    "Score",
     "Stage",
+    "TopK",
     "Train",
     "TrainTokenizer",
 ]
@@ -46,14 +50,11 @@ class HFModel:
     revision: str | None = None
 
 
+ROWS = (Prepare, Generate, Score)
 READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
-    Train: {
-        "data": (Prepare, Generate),
-        "init": (Train,),
-        "draft_vocabulary": (DraftVocabulary,),
-        "probe": (Generate,),
-    },
-    DraftVocabulary: {"data": (Prepare, Generate)},
+    Train: {"data": ROWS, "init": (Train,), "draft_vocabulary": (DraftVocabulary,), "probe": (Generate,)},
+    Score: {"data": (Prepare, Generate)},
+    DraftVocabulary: {"data": ROWS},
     Evaluate: {"drafts": (Train,)},
     Export: {"draft": (Train,), "evaluation": (Evaluate,)},
 }
@@ -99,6 +100,7 @@ class Recipe:
             self._check_reads(stage, earlier)
             if isinstance(stage, Train):
                 self._check_mix(stage, earlier)
+                self._check_stored(stage, earlier)
             earlier[stage.name] = stage
         if isinstance(self.target, str):
             self._check_reference("target", self.target, earlier, (Train,))
@@ -155,9 +157,35 @@ class Recipe:
             rows_per_batch(list(stage.shares), stage.shares, stage.batch_size)
         except ConfigError as error:
             raise ConfigError(f"{stage.name}: {error}") from None
-        lengths = {name: getattr(earlier[name], "length", 0) for name in stage.shares}
+        made = {name: earlier[name] for name in stage.shares}
+        packed = {name: earlier[s.data] if isinstance(s, Score) else s for name, s in made.items()}
+        lengths = {name: getattr(s, "length", 0) for name, s in packed.items()}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"{stage.name}: rows of different lengths cannot be mixed: {lengths}")
+
+    @staticmethod
+    def _check_stored(stage: Train, earlier: Mapping[str, Stage]) -> None:
+        """Whether every row that a stage reads has the target's distribution that its loss wants."""
+        if stage.target_logits != "stored":
+            return
+        kept: dict[str, TopK] = {}
+        for name in stage.shares:
+            made, keep = earlier[name], getattr(earlier[name], "keep_logits", None)
+            if keep is None:
+                top = "keep_logits=TopK(32)"
+                remedy = (
+                    f"give {name} {top}" if isinstance(made, Generate) else f"train on Score(…, data={name!r}, {top})"
+                )
+                raise ConfigError(f"{stage.name}: target_logits is 'stored', but {name!r} stores none: {remedy}")
+            if keep.temperature != stage.loss.temperature:
+                raise ConfigError(
+                    f"{stage.name}: {name!r} stores the target at temperature {keep.temperature:g}, but the loss's is "
+                    f"{stage.loss.temperature:g}: set {name}.keep_logits.temperature={stage.loss.temperature:g}"
+                )
+            kept[name] = keep
+        if len({keep.k for keep in kept.values()}) > 1:
+            stored = {name: keep.k for name, keep in kept.items()}
+            raise ConfigError(f"{stage.name}: rows that store different numbers of tokens cannot be mixed: {stored}")
 
     @staticmethod
     def _check_reference(

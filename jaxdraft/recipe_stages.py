@@ -1,6 +1,7 @@
 """What each stage of a recipe is told: frozen dataclasses, checked when they are made."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 from jaxdraft.errors import ConfigError
@@ -26,6 +27,29 @@ class Stage:
     def needs(self) -> tuple[str, ...]:
         """Names of the stages whose output this one reads, beside target and tokenizer."""
         return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """How much of the target's distribution is stored beside every position of packed rows.
+
+    The log-probabilities of the k most likely tokens, of the next token and of all the rest together (FastDraft, arXiv
+    2411.11055, stores logits of the former alone). For k = 32 that is 132 bytes a token, 196 where the vocabulary has
+    more than 65,536.
+
+    Attributes:
+      k: tokens kept.
+      temperature: of the softmax; losses that read it must have the same.
+    """
+
+    k: int
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ConfigError(f"TopK: k is {self.k}: it must be at least 1")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"TopK: temperature is {self.temperature}: it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +90,8 @@ class Train(OptimizerSettings, Stage):
     Attributes:
       data: a stage with rows, or shares of several: ``{"responses": .9, "text": .1}`` holds in every batch.
       loss: what is minimised; one that needs a target gets the recipe's.
+      target_logits: whence the loss takes the target's distribution: ``"live"``, the target runs in every step, or
+        ``"stored"``, it is read with the rows, which a stage with ``keep_logits`` made.
       batch_size: rows per update.
       init: ``"random"``; ``"subclone"``, weights cut out of the target's, or ``"target-embedding"``, only its tables
         (``jaxdraft.models.subclone``); or the Train stage whose model is the start.
@@ -91,6 +117,7 @@ class Train(OptimizerSettings, Stage):
     batch_size: int
     init: str = "random"
     model: ModelConfig | None = None
+    target_logits: Literal["live", "stored"] = "live"
     draft_vocabulary: str | None = None
     accumulate: int = 1
     remat: bool = False
@@ -120,7 +147,7 @@ class Train(OptimizerSettings, Stage):
 
     @property
     def uses_target(self) -> bool:  # type: ignore[override]
-        return self.loss.needs_target or self.init in FROM_TARGET
+        return (self.loss.needs_target and self.target_logits == "live") or self.init in FROM_TARGET
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -143,6 +170,8 @@ class Generate(Stage):
       batch_size: prompts decoded at once. The rounding of bfloat16 depends on it.
       shard_size: answers per file, the unit of work that an interruption may cost.
       train_on_prompts: let prompt tokens count as labels too.
+      keep_logits: store the target's distribution beside the rows. It is that of generation, except in answers that do
+        not fit into a row and are cut.
     """
 
     prompts: tuple[Any, ...]
@@ -153,6 +182,7 @@ class Generate(Stage):
     batch_size: int = 32
     shard_size: int = 512
     train_on_prompts: bool = False
+    keep_logits: TopK | None = None
     uses_target: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -162,6 +192,26 @@ class Generate(Stage):
             raise ConfigError(f"{self.name}: top_p is {self.top_p}: it must lie in (0, 1]")
         if min(self.max_new_tokens, self.batch_size, self.shard_size, self.length - 1) < 1:
             raise ConfigError(f"{self.name}: max_new_tokens, batch_size, shard_size and length must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score(Stage):
+    """Rows -> the same rows with the target's distribution stored beside them, from one pass of the target.
+
+    Training with ``target_logits="stored"`` then needs no target in memory, and each further loss or epoch no pass.
+
+    Attributes:
+      data: the Prepare or Generate stage whose rows are read.
+      keep_logits: how much is stored.
+    """
+
+    data: str
+    keep_logits: TopK
+    uses_target: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.data,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

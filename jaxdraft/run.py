@@ -11,7 +11,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, external_inputs
+from jaxdraft.tracking import say
 
 SUPERSEDED = "superseded"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
@@ -137,11 +137,6 @@ def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
     if lost := [name for name in record["outputs"] if not (context.folder(stage.name) / name).exists()]:
         return Plan(stage, "unfinished", f"runs again, {lost[0]} is gone", inputs, fingerprint)
     return Plan(stage, "done", "done", inputs, fingerprint, record["output"])
-
-
-def say(text: str) -> None:
-    """One line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _execute(plan: Plan, context: Context) -> str:

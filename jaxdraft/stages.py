@@ -13,7 +13,14 @@ from jaxdraft.checkpoint import Checkpoints
 from jaxdraft.context import Context
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.records import PackedRows
-from jaxdraft.data_stages import Outputs, run_draft_vocabulary, run_generate, run_prepare, run_train_tokenizer
+from jaxdraft.data_stages import (
+    Outputs,
+    run_draft_vocabulary,
+    run_generate,
+    run_prepare,
+    run_score,
+    run_train_tokenizer,
+)
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
@@ -31,11 +38,13 @@ from jaxdraft.recipe import (
     Generate,
     HFModel,
     Prepare,
+    Score,
     Stage,
     Train,
     TrainTokenizer,
 )
 from jaxdraft.settings import to_json
+from jaxdraft.stored_targets import check_stored
 from jaxdraft.tokenizers import tokenizer_files
 from jaxdraft.tracking import progress_bar, read_jsonl, write_jsonl
 from jaxdraft.train import train
@@ -50,6 +59,9 @@ def run_train(stage: Train, context: Context) -> Outputs:
     folder, recipe = context.folder(stage.name), context.recipe
     mesh = recipe.mesh.build()
     rows = {name: context.rows(name) for name in stage.shares}
+    is_stored = stage.target_logits == "stored"
+    if is_stored:
+        check_stored(stage, context, rows)
     batches = Batches(
         rows,
         stage.shares,
@@ -57,12 +69,13 @@ def run_train(stage: Train, context: Context) -> Outputs:
         seed=recipe.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        stored=is_stored,
     )
     target = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype()) if recipe.uses_target(stage) else None
     config, start = _start(stage, context, target, rows)
     draft = Decoder(config, remat=stage.remat)
     measure = probe(stage, context, target, draft) if target else None
-    teacher = target if stage.loss.needs_target else None
+    teacher = target if stage.loss.needs_target and not is_stored else None
     del target  # one that only gave the start or its probabilities does not stay in memory
     params = train(
         folder,
@@ -167,6 +180,7 @@ EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     Prepare: run_prepare,
     Train: run_train,
     Generate: run_generate,
+    Score: run_score,
     DraftVocabulary: run_draft_vocabulary,
     Evaluate: run_evaluate,
     Export: run_export,

@@ -44,6 +44,11 @@ class StepLog:
         self._file.close()
 
 
+def say(text: str) -> None:
+    """One line for the person who watches."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
     """A bar with rate and remaining time on standard error; in a log file a line every half minute."""
     interval = 0.5 if sys.stderr.isatty() else 30

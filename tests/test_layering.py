@@ -42,9 +42,10 @@ MAY_IMPORT = {
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
     "context": BELOW_STAGES | {"export", "recipe"},
-    "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "tokenizer_training"},
+    "stored_targets": BELOW_STAGES | {"context", "recipe"},
+    "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
     "probe": BELOW_STAGES | {"context", "recipe"},
-    "stages": BELOW_STAGES | {"context", "data_stages", "export", "probe", "recipe", "settings"},
+    "stages": BELOW_STAGES | {"context", "data_stages", "export", "probe", "recipe", "settings", "stored_targets"},
     "run": BELOW_STAGES | {"__init__", "context", "recipe", "settings", "stages"},
     "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "recipe_file", "run"},
 }

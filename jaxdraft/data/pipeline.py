@@ -3,7 +3,7 @@
 Packing happens once, with grain. Batches are then a pure function of (seed, step) by random access: there is no
 iterator to save, so restarts, seeks and other numbers of processes give the same data.
 
-Shapes: B rows per batch (per process), L row length.
+Shapes: B rows per batch (per process), L row length, k tokens of the target's distribution.
 """
 
 import hashlib
@@ -161,8 +161,10 @@ class Batches:
       sources: rows by name, all of one length.
       weights: share of each source, summing to 1; may be left out for a single source.
       batch_size: rows of the global batch.
+      stored: give the target's stored distribution too.
     Raises:
-      ConfigError: shares that are not whole rows, lengths that differ, or a batch the processes cannot share evenly.
+      ConfigError: shares that are not whole rows, lengths that differ, a batch the processes cannot share evenly, or
+        sources that do not all store as many of the target's tokens.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class Batches:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        stored: bool = False,
     ):
         self._sources = dict(sources)
         self._counts = rows_per_batch(list(sources), weights, batch_size)
@@ -187,6 +190,9 @@ class Batches:
                 f"process {process_index} of {process_count} cannot take an equal share of {batch_size} rows; "
                 f"use a batch_size that is a multiple of {process_count}"
             )
+        if stored:
+            _check_stored(sources)
+        self._stored = stored
         self.length = next(iter(lengths.values()))
         self._orders = {
             name: grain.MapDataset.range(len(rows)).seed(_source_seed(seed, name)).shuffle().repeat()
@@ -202,15 +208,33 @@ class Batches:
         return [(name, int(self._orders[name][step * self._counts[name] + i])) for name, i in self._places]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """`tokens`, `segment_ids`, `positions` int32[B, L] and `loss_mask` float32[B, L]."""
+        """`tokens`, `segment_ids`, `positions` int32[B, L] and `loss_mask` float32[B, L].
+
+        With `stored` also `target_ids` int32[B, L, k] and `target_log_probs` float16[B, L, k + 2], which
+        `jaxdraft.data.records` defines.
+        """
         rows = [self._sources[name][index] for name, index in self.rows(step)]
-        stacked = {key: np.stack([row[key] for row in rows]) for key in ("tokens", "segment_ids", "loss_mask")}
-        return {
+        columns = ("tokens", "segment_ids", "loss_mask", *(("target_ids", "target_log_probs") if self._stored else ()))
+        stacked = {key: np.stack([row[key] for row in rows]) for key in columns}
+        batch = {
             "tokens": stacked["tokens"].astype(np.int32),
             "segment_ids": stacked["segment_ids"].astype(np.int32),
             "positions": segment_positions(stacked["segment_ids"]),
             "loss_mask": stacked["loss_mask"].astype(np.float32),
         }
+        if self._stored:
+            batch["target_ids"] = stacked["target_ids"].astype(np.int32)
+            batch["target_log_probs"] = stacked["target_log_probs"]
+        return batch
+
+
+def _check_stored(sources: Mapping[str, RowSource]) -> None:
+    first = {name: rows[0] for name, rows in sources.items()}
+    if without := [name for name, row in first.items() if "target_ids" not in row]:
+        raise ConfigError(f"source {without[0]!r} stores nothing of the target")
+    widths = {name: row["target_ids"].shape[-1] for name, row in first.items()}
+    if len(set(widths.values())) > 1:
+        raise ConfigError(f"sources differ in how many of the target's tokens they store: {widths}; use one k")
 
 
 def _source_seed(seed: int, name: str) -> int:

@@ -11,6 +11,7 @@ from jaxdraft.decode.offline import (
     token_probabilities,
 )
 from jaxdraft.decode.sampling import Sampling, draw, probabilities
+from jaxdraft.decode.score import TopScores, top_scores
 from jaxdraft.decode.speculative import (
     SpeculativeBatch,
     SpeculativeResult,
@@ -27,6 +28,7 @@ __all__ = [
     "Seconds",
     "SpeculativeBatch",
     "SpeculativeResult",
+    "TopScores",
     "acceptance",
     "acceptance_ratios",
     "block_efficiency",
@@ -40,5 +42,6 @@ __all__ = [
     "step_latency",
     "token_origins",
     "token_probabilities",
+    "top_scores",
     "verify",
 ]

@@ -152,6 +152,7 @@ def read_run(folder: Path) -> RunDirectory:
     recipe = _read_json(recipe_file)
     planned = recipe.get("stages", [])
     answers = {stage["name"] for stage in planned if stage.get("kind") == "Generate"}
+    answers |= {stage["name"] for stage in planned if stage.get("kind") == "Score" and stage["data"] in answers}
     stages = [_read_stage(folder, stage, answers) for stage in planned]
     results, samples, checkpoints, while_learning, parameters = [], [], [], [], {}
     for stage in stages:

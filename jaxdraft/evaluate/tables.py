@@ -13,6 +13,7 @@ from jaxdraft.evaluate.verdict import count, number
 _KINDS = {
     "Prepare": "Cuts text into rows of tokens",
     "TrainTokenizer": "Trains the tokenizer",
+    "Score": "Stores the target's distribution beside rows",
     "DraftVocabulary": "Chooses the tokens that drafts may propose",
     "Generate": "Lets the target answer the prompts",
     "Evaluate": "Measures drafts by speculative decoding",

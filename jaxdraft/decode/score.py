@@ -1,0 +1,107 @@
+"""What a model says of text that lies there already: its most likely next tokens, and how likely the text's own was.
+
+One teacher-forced forward pass over packed rows. The output head is applied to a few positions at a time, so that the
+logits of all of them never exist.
+
+Shapes: B rows, T tokens, N = B · T positions of one device, C positions of a chunk, D hidden, V vocabulary, K most
+likely tokens.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+from jaxdraft.sharding import BATCH_AXES, RULES
+
+
+class TopScores(NamedTuple):
+    """A distribution over the next token, shortened to its K most likely tokens, the text's own and the rest.
+
+    Attributes:
+      ids_BTK: int32, most likely first.
+      log_probs_BTS: float32, S = K + 2: log-probabilities of these tokens in the full softmax, never renormalised; of
+        the row's next token, −inf where its segment has none; and of all tokens that are neither, −inf without any.
+    """
+
+    ids_BTK: jax.Array
+    log_probs_BTS: jax.Array
+
+
+def top_scores(
+    decoder: Decoder,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    k: int,
+    temperature: float,
+    mesh: Mesh,
+) -> TopScores:
+    """The model's distribution after every position of packed rows, at one temperature.
+
+    Args:
+      decoder: with stacked layers, without a draft vocabulary.
+      params: laid out on ``mesh``.
+      tokens_BT: int32; as many rows as divide over the data-parallel devices of ``mesh``.
+      positions_BT: of each token in its segment.
+      segment_ids_BT: 0 is padding, whose scores mean nothing.
+      k: how many of the most likely tokens, fewer than the vocabulary has.
+      temperature: of the softmax.
+      mesh: the devices.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        return _top_scores(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "k", "temperature", "mesh"))
+def _top_scores(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh):
+    hidden_BTD = decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
+    next_BT = jnp.roll(segment_ids_BT, -1, axis=1).at[:, -1].set(0)
+    has_label_BT = (segment_ids_BT > 0) & (next_BT == segment_ids_BT)
+    labels_BT = jnp.where(has_label_BT, jnp.roll(tokens_BT, -1, axis=1), -1)
+
+    def local(hidden_BTD, head_DV, labels_BT):
+        chunk = min(_chunk(head_DV.shape[1]), labels_BT.size)
+        score = lambda x: _score(logits(x[0][None], head_DV)[0] / temperature, x[1], k)
+        found = jax.lax.map(score, (_chunked(hidden_BTD, chunk), _chunked(labels_BT, chunk)))
+        count = labels_BT.size
+        return [x.reshape(-1, x.shape[-1])[:count].reshape(*labels_BT.shape, -1) for x in found]
+
+    # Left to the partitioner, chunks over sharded rows would make it gather all rows to every device.
+    rows = PartitionSpec(BATCH_AXES)
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, PartitionSpec(), rows), out_specs=[rows, rows], check_vma=False
+    )
+    return TopScores(*sharded(hidden_BTD, head_weight(decoder.config, params), labels_BT))
+
+
+def _score(logits_CV: jax.Array, labels_C: jax.Array, k: int) -> TopScores:
+    """As ``TopScores`` says; a label of -1 is none."""
+    total_C1 = jax.nn.logsumexp(logits_CV, axis=-1, keepdims=True)
+    top_CK, ids_CK = jax.lax.top_k(logits_CV, k)
+    own_C1 = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=-1)
+    own_C1 = jnp.where(labels_C[:, None] < 0, -jnp.inf, own_C1)
+    # The rest is summed, not taken from 1: what a confident model leaves would cancel.
+    named_CL = jnp.concatenate([ids_CK, jnp.where(labels_C < 0, logits_CV.shape[1], labels_C)[:, None]], axis=-1)
+    rest_CV = logits_CV.at[jnp.arange(len(labels_C))[:, None], named_CL].set(-jnp.inf, mode="drop")
+    rest_C1 = jax.nn.logsumexp(rest_CV, axis=-1, keepdims=True)
+    return TopScores(ids_CK, jnp.concatenate([top_CK, own_C1, rest_C1], axis=-1) - total_C1)
+
+
+def _chunked(x: jax.Array, chunk: int) -> jax.Array:
+    """``[B, T, …]`` as ``[N / C, C, …]``, filled up with zeros."""
+    flat = x.reshape(-1, *x.shape[2:])
+    filler = [(0, -len(flat) % chunk), *[(0, 0)] * (flat.ndim - 1)]
+    return jnp.pad(flat, filler).reshape(-1, chunk, *flat.shape[1:])
+
+
+def _chunk(vocabulary: int) -> int:
+    """Positions whose logits are held at once: 2 MiB of float32 on a CPU, whose caches hold that, 128 MiB elsewhere."""
+    budget = (2 if jax.default_backend() == "cpu" else 128) * 2**20
+    return max(128, budget // (4 * vocabulary))
