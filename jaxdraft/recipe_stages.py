@@ -33,9 +33,9 @@ class Stage:
 class TopK:
     """How much of the target's distribution is stored beside every position of packed rows.
 
-    The log-probabilities of the k most likely tokens, of the next token and of all the rest together (FastDraft, arXiv
-    2411.11055, stores logits of the former alone). For k = 32 that is 132 bytes a token, 196 where the vocabulary has
-    more than 65,536.
+    The log-probabilities of the k most likely tokens, of the next token and of all the rest together; FastDraft (arXiv
+    2411.11055) stores the most significant logits alone. For k = 32 that is 132 bytes a token, 196 where the vocabulary
+    has more than 65,536.
 
     Attributes:
       k: tokens kept.

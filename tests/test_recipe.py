@@ -72,7 +72,7 @@ def test_arguments_fields_and_nested_values_can_be_set():
         ("distill.loss=TVDPlus", "did you mean 'TVDPlusPlus'"),
         ("distill.init=pretrian", "did you mean 'pretrain'"),
         ("distill.draft_vocabulary=vocabulry", "did you mean 'vocabulary'"),
-        ("vocabulary.data=target", "no earlier Prepare or Generate stage 'target'"),
+        ("vocabulary.data=target", "no earlier Prepare or Generate or Score stage 'target'"),
         ("vocabulary.size=0", "size is 0"),
         ("export.vocabulary=half", "cannot read 'half'"),
         ("distill.init=subclon", "did you mean 'subclone'"),

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxdraft.cli import main
+from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.records import PackedRows
 from jaxdraft.decode import acceptance_ratios
 from jaxdraft.errors import ConfigError
@@ -26,6 +27,7 @@ from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.losses import TVDPlusPlus
+from jaxdraft.models import Decoder, head_weight, logits
 from jaxdraft.models.hf import load_config, load_model
 from jaxdraft.models.subclone import project_embedding, subclone
 from jaxdraft.recipe_file import load_recipe
@@ -150,6 +152,23 @@ def test_responses_keep_the_settings_that_made_them(tiny_run):
         assert len(line["tokens"]) <= 16
         assert line["text"] == tokenizer.decode(line["tokens"])
         assert (line["finish"] == "eos") == (line["tokens"][-1] == tokenizer.eos_id)
+
+
+def test_responses_keep_what_the_target_thought_of_them(tiny_run):
+    rows = PackedRows(tiny_run / "responses")
+    assert rows.manifest["target_logits"]["k"] == 4
+    batch = Batches({"responses": rows}, batch_size=len(rows), seed=0, stored=True)[0]
+    ids, mass = batch["target_ids"], np.exp(batch["target_log_probs"].astype(np.float64))
+    labels = np.roll(batch["tokens"], -1, axis=1)
+    among = (ids == labels[..., None]).any(-1)
+    total = mass[..., :4].sum(-1) + np.where(among, 0, mass[..., 4]) + mass[..., 5]
+    # Each logarithm, down to ln 400, is rounded by half of 2**-10 of itself.
+    np.testing.assert_allclose(total[batch["segment_ids"] > 0], 1, atol=6 * 2**-11)
+    config, params = load_model(tiny_run / "target" / "model")
+    inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden = Decoder(config).apply({"params": params}, *inputs)
+    best = np.argmax(logits(hidden, head_weight(config, params)), axis=-1)
+    assert (ids[..., 0] == best)[batch["segment_ids"] > 0].mean() > 0.99
 
 
 def test_a_second_run_does_nothing(tiny_run):

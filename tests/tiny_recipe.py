@@ -4,7 +4,7 @@ from jaxdraft.data.stdlib import PythonLibrary, PythonTask
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import CrossEntropy, TVDPlusPlus
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe import DraftVocabulary, Evaluate, Export, Generate, Prepare, Recipe, Train, TrainTokenizer
+from jaxdraft.recipe import DraftVocabulary, Evaluate, Export, Generate, Prepare, Recipe, TopK, Train, TrainTokenizer
 
 TEXT = (PythonLibrary("text", limit=60),)
 
@@ -38,6 +38,7 @@ def recipe(*, steps: int = 6):
                 max_new_tokens=16,
                 batch_size=4,
                 shard_size=4,
+                keep_logits=TopK(4),
             ),
             DraftVocabulary("vocabulary", data="responses", size=48),
             Train(

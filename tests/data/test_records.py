@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections import Counter
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.data.pipeline import Batches, pack_concatenate
-from jaxdraft.data.records import PackedRows, write_rows
+from jaxdraft.data.records import PackedRows, columns, write_rows
 from jaxdraft.errors import ConfigError
 
 LENGTH = 32
@@ -123,3 +124,77 @@ def test_batches_read_packed_rows(folder):
     batches = Batches({"a": PackedRows(folder)}, batch_size=10, seed=0)
     firsts = sorted(int(first) for step in range(10) for first in batches[step]["tokens"][:, 0])
     assert firsts == list(range(100))
+
+
+STORED = {"k": 3, "temperature": 0.7, "target": "hash", "vocabulary": 600}
+
+
+def scored_row(first: int, k: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(first)
+    log_probs = np.log(rng.random((LENGTH, k + 2))).astype(np.float16)
+    log_probs[-1, k] = -np.inf
+    return {**row(first), "target_ids": rng.integers(0, 600, (LENGTH, k)), "target_log_probs": log_probs}
+
+
+@pytest.mark.parametrize("vocabulary, dtype", [(65536, "<u2"), (65537, "<u4")])
+def test_what_is_stored_of_the_target_comes_back_equal(tmp_path, vocabulary, dtype):
+    rows = [scored_row(i) for i in range(5)]
+    rows[2]["target_ids"][4, 1] = vocabulary - 1
+    stored = {**STORED, "vocabulary": vocabulary}
+    manifest = write(tmp_path, rows, target_logits=stored)
+    assert manifest["columns"]["tokens"] == "<u2"
+    assert manifest["columns"]["target_ids"] == [dtype, 3]
+    assert manifest["columns"]["target_log_probs"] == ["<f2", 5]
+    assert json.loads((tmp_path / "manifest.json").read_text())["target_logits"] == stored
+    packed = PackedRows(tmp_path)
+    for i, expected in enumerate(rows):
+        for name, values in expected.items():
+            np.testing.assert_array_equal(packed[i][name], values)
+
+
+def test_32_tokens_of_the_target_take_132_bytes(tmp_path):
+    count = 3000  # the files' ends are filled up to 64 KiB
+    write(tmp_path / "plain", (row(i % 400) for i in range(count)))
+    write(tmp_path / "stored", itertools.repeat(scored_row(0, 32), count), target_logits={**STORED, "k": 32})
+    stored, plain = ((tmp_path / name / "rows-00000.array_record").stat().st_size for name in ("stored", "plain"))
+    assert (stored - plain) / (count * LENGTH) == pytest.approx(132, abs=1)
+    assert sum(column.bytes for column in columns(512, {**STORED, "k": 32}).values()) == 5 + 132
+
+
+def test_folders_written_before_anything_was_stored_are_read(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["columns"] == {"tokens": "<u2", "segment_ids": "<u2", "loss_mask": "|u1"}
+    assert "target_logits" not in manifest
+    assert PackedRows(folder)[3].keys() == manifest["columns"].keys()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"target_ids": np.zeros((LENGTH, 2), int)}, r"target_ids has shape \(32, 2\), not \(32, 3\)"),
+        ({"target_log_probs": np.zeros((LENGTH, 3))}, r"target_log_probs has shape \(32, 3\), not \(32, 5\)"),
+        ({"target_ids": np.full((LENGTH, 3), 600)}, "token 600 is outside the vocabulary of 600"),
+    ],
+)
+def test_stored_columns_that_do_not_fit_are_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        write(tmp_path, [{**scored_row(0), **change}], target_logits=STORED)
+
+
+def test_batches_give_what_is_stored_when_asked(folder, tmp_path):
+    write(tmp_path / "a", [scored_row(i) for i in range(9)], target_logits=STORED)
+    write(tmp_path / "b", [scored_row(i, 2) for i in range(9)], target_logits={**STORED, "k": 2})
+    a, b, plain = (PackedRows(path) for path in (tmp_path / "a", tmp_path / "b", folder))
+    assert "target_ids" not in Batches({"a": a}, batch_size=2, seed=0)[0]
+    batches = Batches({"a": a}, batch_size=2, seed=0, stored=True)
+    batch = batches[1]
+    assert (batch["target_ids"].shape, batch["target_ids"].dtype) == ((2, LENGTH, 3), np.int32)
+    assert (batch["target_log_probs"].shape, batch["target_log_probs"].dtype) == ((2, LENGTH, 5), np.float16)
+    for i, (_, index) in enumerate(batches.rows(1)):
+        np.testing.assert_array_equal(batch["target_ids"][i], a[index]["target_ids"])
+        np.testing.assert_array_equal(batch["target_log_probs"][i], a[index]["target_log_probs"])
+    half = {"weights": {"a": 0.5, "b": 0.5}, "batch_size": 2, "seed": 0, "stored": True}
+    with pytest.raises(ConfigError, match=r"how many of the target's tokens.*'a': 3, 'b': 2"):
+        Batches({"a": a, "b": b}, **half)
+    with pytest.raises(ConfigError, match="source 'b' stores nothing"):
+        Batches({"a": a, "b": plain}, **half)
