@@ -1,10 +1,12 @@
 """The stages that make data: a tokenizer, packed rows, the target's answers and scores, a draft's vocabulary."""
 
+import bisect
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.decode import generate_batches
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
-from jaxdraft.recipe import DraftVocabulary, Generate, Prepare, Score, TrainTokenizer
+from jaxdraft.recipe import TARGET, DraftVocabulary, Generate, Prepare, Score, TrainTokenizer
 from jaxdraft.settings import to_json
 from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizer_training import train_sentencepiece
@@ -50,6 +52,13 @@ class _Question:
     def id(self) -> str:
         return f"{self.prompt.id}@{self.temperature:g}"
 
+    def writer(self, shares: Mapping[str, float], seed: int) -> str:
+        """One of the writers with their shares, chosen by the answer's id and the seed alone."""
+        digest = hashlib.sha256(f"{seed}/writer/{self.id}".encode()).digest()
+        point = int.from_bytes(digest[:8], "little") / 2**64
+        names = list(shares)
+        return names[min(bisect.bisect(list(itertools.accumulate(shares.values())), point), len(names) - 1)]
+
 
 def run_generate(stage: Generate, context: Context) -> Outputs:
     folder = context.folder(stage.name)
@@ -69,15 +78,14 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         check_space(stage.name, tokens, stored, context, at_most=True)
     shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
     paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
-    target: Model | None = None
+    models: dict[str, Model] = {}
     with progress_bar(len(questions), stage.name, "answer") as bar:
         for path, shard in zip(paths, shards, strict=True):
             if path.exists():
                 bar.update(len(shard))
                 continue
-            target = target or Model.load(context.target_folder)
-            write_jsonl(path, _answers(stage, context, target, shard, bar.update))
-    del target  # the scoring pass loads it in the shape for training
+            write_jsonl(path, _answers(stage, context, models, shard, bar.update))
+    models.clear()  # the scoring pass loads it in the shape for training
     lines = [line for path in paths for line in read_jsonl(path)]
 
     def examples() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
@@ -88,10 +96,16 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     counts: collections.Counter[str] = collections.Counter()
     packed = pack_whole(examples(), stage.length, counts)
     rows = scored(stage.name, packed, stored, context) if stored else packed
-    source = {"target": to_json(context.recipe.target)}
+    source = {"target": to_json(context.recipe.target)} if stage.uses_target else {}
+    if stage.writer != TARGET:
+        source["writer"] = stage.writer
     files, summary = _write_rows(stage.name, rows, stage.length, source, counts, context, stored)
     ended = sum(line["finish"] == "eos" for line in lines)
-    return [*paths, *files], {"answers": len(lines), "ended by EOS": f"{ended / len(lines):.0%}", **summary}
+    facts = {"answers": len(lines), "ended by EOS": f"{ended / len(lines):.0%}"}
+    if stage.writer != TARGET:
+        written = collections.Counter(line["writer"] for line in lines)
+        facts["written by"] = ", ".join(f"{name} {written[name]}" for name in stage.writers)
+    return [*paths, *files], {**facts, **summary}
 
 
 def run_score(stage: Score, context: Context) -> Outputs:
@@ -150,31 +164,41 @@ def _write_rows(name, rows, length, source, counts, context: Context, stored=Non
     return files, {"rows": manifest["rows"], "tokens": manifest["tokens"], **counts}
 
 
-def _answers(stage, context, target, shard: list[_Question], advance) -> list[dict[str, Any]]:
-    eos_ids = target.decoder.config.eos_ids
+def _answers(stage, context, models: dict[str, Model], shard: list[_Question], advance) -> list[dict[str, Any]]:
+    """Lines of a shard, in its order; each writer answers what is its own, and is loaded when it is first needed."""
+    seed = context.recipe.seed
     lines: list[dict[str, Any]] = [{} for _ in shard]
-    for batch in generate_batches(
-        target.decoder,
-        target.params,
-        [question.prompt.tokens for question in shard],
-        max_new_tokens=stage.max_new_tokens,
-        temperature=[question.temperature for question in shard],
-        top_p=stage.top_p,
-        seed=context.recipe.seed,
-        example_ids=[example_id(question.id) for question in shard],
-        batch_size=stage.batch_size,
-    ):
-        for i, tokens in zip(batch.indices, batch.tokens, strict=True):
-            lines[i] = {
-                "id": shard[i].id,
-                "temperature": shard[i].temperature,
-                "top_p": stage.top_p,
-                "seed": context.recipe.seed,
-                "finish": "eos" if tokens[-1] in eos_ids else "length",
-                "prompt_tokens": list(shard[i].prompt.tokens),
-                "tokens": tokens,
-                "prompt": shard[i].prompt.text,
-                "text": context.tokenizer.continuation(shard[i].prompt.tokens, tokens),
-            }
-        advance(len(batch.indices))
+    for writer in stage.writers:
+        places = [i for i, question in enumerate(shard) if question.writer(stage.writers, seed) == writer]
+        if not places:
+            continue
+        if writer not in models:
+            models[writer] = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer))
+        model, own = models[writer], [shard[i] for i in places]
+        for batch in generate_batches(
+            model.decoder,
+            model.params,
+            [question.prompt.tokens for question in own],
+            max_new_tokens=stage.max_new_tokens,
+            temperature=[question.temperature for question in own],
+            top_p=stage.top_p,
+            seed=seed,
+            example_ids=[example_id(question.id) for question in own],
+            batch_size=stage.batch_size,
+        ):
+            for i, tokens in zip(batch.indices, batch.tokens, strict=True):
+                prompt = own[i].prompt
+                lines[places[i]] = {
+                    "id": own[i].id,
+                    "writer": writer,
+                    "temperature": own[i].temperature,
+                    "top_p": stage.top_p,
+                    "seed": seed,
+                    "finish": "eos" if tokens[-1] in model.decoder.config.eos_ids else "length",
+                    "prompt_tokens": list(prompt.tokens),
+                    "tokens": tokens,
+                    "prompt": prompt.text,
+                    "text": context.tokenizer.continuation(prompt.tokens, tokens),
+                }
+            advance(len(batch.indices))
     return lines

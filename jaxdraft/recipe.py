@@ -9,6 +9,7 @@ from jaxdraft.models import ModelConfig
 from jaxdraft.recipe_stages import (
     FROM_TARGET,
     INITS,
+    TARGET,
     DraftVocabulary,
     Evaluate,
     Export,
@@ -25,6 +26,7 @@ from jaxdraft.sharding import MeshShape
 __all__ = [
     "FROM_TARGET",
     "INITS",
+    "TARGET",
     "DraftVocabulary",
     "Evaluate",
     "Export",
@@ -50,9 +52,11 @@ class HFModel:
     revision: str | None = None
 
 
+NO_STAGES = {"init": INITS, "writer": (TARGET,)}  # what else these fields may say
 ROWS = (Prepare, Generate, Score)
 READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
     Train: {"data": ROWS, "init": (Train,), "draft_vocabulary": (DraftVocabulary,), "probe": (Generate,)},
+    Generate: {"writer": (Train,)},
     Score: {"data": (Prepare, Generate)},
     DraftVocabulary: {"data": ROWS},
     Evaluate: {"drafts": (Train,)},
@@ -144,8 +148,7 @@ class Recipe:
         for field, kinds in READS.get(type(stage), {}).items():
             value = getattr(stage, field)
             for name in (value,) if isinstance(value, str) else tuple(value or ()):
-                others = INITS if field == "init" else ()
-                self._check_reference(f"{stage.name}.{field}", name, earlier, kinds, others)
+                self._check_reference(f"{stage.name}.{field}", name, earlier, kinds, NO_STAGES.get(field, ()))
         for name in self.needs(stage):
             if name not in earlier:
                 raise ConfigError(f"stage {stage.name!r} reads {name!r}, which no earlier stage makes")
@@ -195,7 +198,7 @@ class Recipe:
         kinds: tuple[type[Stage], ...],
         others: tuple[str, ...] = (),
     ) -> None:
-        fitting = [*others, *(n for n, stage in stages.items() if isinstance(stage, kinds))]
+        fitting = list(dict.fromkeys([*others, *(n for n, stage in stages.items() if isinstance(stage, kinds))]))
         if name not in fitting:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ConfigError(f"{what}: " + unknown_name(f"earlier {wanted} stage", name, fitting))

@@ -13,6 +13,8 @@ from jaxdraft.train.state import OptimizerSettings
 FROM_TARGET = ("subclone", "target-embedding")
 """Starts of a draft that are taken from the target's weights: ``jaxdraft.models.subclone``."""
 INITS = ("random", *FROM_TARGET)
+TARGET = "target"
+"""As a writer of answers: the recipe's target, whatever the stage that makes it is called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +163,9 @@ class Generate(Stage):
 
     Every prompt is answered once per temperature; Direct Alignment (section 3) uses 0, .3, .7 and 1 with top-p .95.
 
+    A draft may write instead, so that it learns from the target where its own text leads: on-policy data, all of it or
+    a share, as DistillSpec (arXiv 2310.08461) and GKD (arXiv 2306.13649) do. Distil on it; its tokens are no target's.
+
     Attributes:
       prompts: whose ``prompts(tokenizer)`` are answered.
       temperatures: 0 is greedy.
@@ -171,7 +176,9 @@ class Generate(Stage):
       shard_size: answers per file, the unit of work that an interruption may cost.
       train_on_prompts: let prompt tokens count as labels too.
       keep_logits: store the target's distribution beside the rows. It is that of generation, except in answers that do
-        not fit into a row and are cut.
+        not fit into a row and are cut. To change it without answering anew, leave it out and add a Score stage.
+      writer: who answers: ``"target"``, a Train stage, or shares such as ``{"target": .5, "pretrain": .5}``. Of
+        several, an answer's id and the seed choose its writer.
     """
 
     prompts: tuple[Any, ...]
@@ -183,15 +190,31 @@ class Generate(Stage):
     shard_size: int = 512
     train_on_prompts: bool = False
     keep_logits: TopK | None = None
-    uses_target: ClassVar[bool] = True
+    writer: str | dict[str, float] = TARGET
 
     def __post_init__(self):
+        shares = self.writers.values()
+        if not shares or min(shares) <= 0 or not math.isclose(sum(shares), 1):
+            raise ConfigError(f"{self.name}: writer is {self.writer}: shares must be positive and sum to 1")
         if not self.temperatures or min(self.temperatures) < 0:
             raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: give at least one, none negative")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"{self.name}: top_p is {self.top_p}: it must lie in (0, 1]")
         if min(self.max_new_tokens, self.batch_size, self.shard_size, self.length - 1) < 1:
             raise ConfigError(f"{self.name}: max_new_tokens, batch_size, shard_size and length must be positive")
+
+    @property
+    def writers(self) -> dict[str, float]:
+        """``writer`` as shares."""
+        return {self.writer: 1.0} if isinstance(self.writer, str) else dict(self.writer)
+
+    @property
+    def uses_target(self) -> bool:  # type: ignore[override]
+        return TARGET in self.writers or self.keep_logits is not None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(name for name in self.writers if name != TARGET)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.records import PackedRows
-from jaxdraft.decode import acceptance_ratios
+from jaxdraft.decode import acceptance_ratios, generate
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
@@ -169,6 +169,43 @@ def test_responses_keep_what_the_target_thought_of_them(tiny_run):
     hidden = Decoder(config).apply({"params": params}, *inputs)
     best = np.argmax(logits(hidden, head_weight(config, params)), axis=-1)
     assert (ids[..., 0] == best)[batch["segment_ids"] > 0].mean() > 0.99
+
+
+def answers(workdir):
+    return [line for file in sorted((workdir / "responses").glob("responses-*.jsonl")) for line in read_jsonl(file)]
+
+
+def test_a_draft_writes_its_share_of_the_answers(tiny_run, copy):
+    shares = "responses.writer={'target': 0.5, 'pretrain': 0.5}"
+    run(load_recipe(TINY, [shares]), copy, only=["responses"])
+    mixed, by_target = answers(copy), answers(tiny_run)
+    assert [line["id"] for line in mixed] == [line["id"] for line in by_target]
+    assert {line["writer"] for line in by_target} == {"target"}
+    own = [line for line in mixed if line["writer"] == "pretrain"]
+    assert 2 <= len(own) <= 10
+    assert all(line == other for line, other in zip(mixed, by_target, strict=True) if line["writer"] == "target")
+    draft = Model.load(copy / "pretrain" / "model")
+    for line in own:
+        if line["temperature"] == 0:
+            (alone,) = generate(draft.decoder, draft.params, [line["prompt_tokens"]], max_new_tokens=16, batch_size=4)
+            assert line["tokens"] == alone
+    rows = PackedRows(copy / "responses")
+    assert rows.manifest["source"]["settings"]["writer"] == {"target": 0.5, "pretrain": 0.5}
+    assert rows.manifest["target_logits"]["k"] == 4
+    # Neither the size of a shard nor a second attempt at one changes who writes what.
+    before = hashes(copy)
+    (copy / "responses" / "responses-00001-of-00003.jsonl").unlink()
+    run(load_recipe(TINY, [shares]), copy, only=["responses"])
+    assert hashes(copy) == before
+    run(load_recipe(TINY, [shares, "responses.shard_size=5", "responses.batch_size=3"]), copy, only=["responses"])
+    assert answers(copy) == mixed
+
+
+def test_a_draft_that_writes_alone_needs_no_target(tiny_run):
+    recipe = load_recipe(TINY, ["responses.writer=pretrain", "responses.keep_logits=none"])
+    assert recipe.needs(recipe.stage("responses")) == ("pretrain", "tokenizer")
+    recipe = load_recipe(TINY, ["responses.writer=pretrain"])
+    assert recipe.needs(recipe.stage("responses")) == ("pretrain", "target", "tokenizer")
 
 
 def test_a_second_run_does_nothing(tiny_run):

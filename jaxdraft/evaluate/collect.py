@@ -47,6 +47,11 @@ class Stage:
         return any("acceptance" in line for line in self.metrics)
 
     @property
+    def writers(self) -> list[str]:
+        """Of a Generate stage: who answered."""
+        return _writers(self.settings)
+
+    @property
     def loss(self) -> str:
         """Name of the loss, or "" where there is none."""
         loss = self.settings.get("loss")
@@ -151,8 +156,8 @@ def read_run(folder: Path) -> RunDirectory:
         raise ConfigError(f"{folder} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
     recipe = _read_json(recipe_file)
     planned = recipe.get("stages", [])
-    answers = {stage["name"] for stage in planned if stage.get("kind") == "Generate"}
-    answers |= {stage["name"] for stage in planned if stage.get("kind") == "Score" and stage["data"] in answers}
+    answers = {s["name"] for s in planned if s.get("kind") == "Generate" and "target" in _writers(s)}
+    answers |= {s["name"] for s in planned if s.get("kind") == "Score" and s["data"] in answers}
     stages = [_read_stage(folder, stage, answers) for stage in planned]
     results, samples, checkpoints, while_learning, parameters = [], [], [], [], {}
     for stage in stages:
@@ -208,6 +213,11 @@ def _read_stage(folder: Path, planned: dict[str, Any], answers: set[str]) -> Sta
         seconds=done.get("seconds"),
         metrics=read_lines(folder / name / "metrics.jsonl"),
     )
+
+
+def _writers(settings: dict[str, Any]) -> list[str]:
+    writer = settings.get("writer", "target")
+    return [writer] if isinstance(writer, str) else list(writer)
 
 
 def _shape(summary: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,9 @@ def _headings(*names: str) -> list[Cell]:
 
 
 def _purpose(stage: Stage) -> str:
+    if stage.kind == "Generate" and stage.writers != ["target"]:
+        names = " and ".join("the target" if name == "target" else name for name in stage.writers)
+        return f"Lets {names} answer the prompts"
     if stage.kind != "Train":
         return _KINDS.get(stage.kind, stage.kind)
     if stage.distilled:
