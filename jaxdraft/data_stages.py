@@ -53,11 +53,12 @@ class _Question:
         return f"{self.prompt.id}@{self.temperature:g}"
 
     def writer(self, shares: Mapping[str, float], seed: int) -> str:
-        """One of the writers with their shares, chosen by the answer's id and the seed alone."""
+        """One of the writers with their shares, in whatever order, chosen by the answer's id and the seed alone."""
         digest = hashlib.sha256(f"{seed}/writer/{self.id}".encode()).digest()
         point = int.from_bytes(digest[:8], "little") / 2**64
-        names = list(shares)
-        return names[min(bisect.bisect(list(itertools.accumulate(shares.values())), point), len(names) - 1)]
+        names = sorted(shares)
+        ends = list(itertools.accumulate(shares[name] for name in names))
+        return names[min(bisect.bisect(ends, point), len(names) - 1)]
 
 
 def run_generate(stage: Generate, context: Context) -> Outputs:
@@ -85,7 +86,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
                 bar.update(len(shard))
                 continue
             write_jsonl(path, _answers(stage, context, models, shard, bar.update))
-    models.clear()  # the scoring pass loads it in the shape for training
+    models.clear()  # the scoring pass loads the target in the shape for training
     lines = [line for path in paths for line in read_jsonl(path)]
 
     def examples() -> Iterator[tuple[Sequence[int], Sequence[int]]]:

@@ -29,7 +29,7 @@ def target_logits(name: str, keep: TopK, context: Context) -> dict[str, Any]:
     """What the manifest of rows says of the distribution stored with them.
 
     Raises:
-      ConfigError: more tokens are to be kept than leave a rest of the target's vocabulary.
+      ConfigError: k is not less than the target's vocabulary.
     """
     vocabulary = context.draft_config().vocabulary
     if keep.k >= vocabulary:
