@@ -86,6 +86,10 @@ class Context:
             max_positions=target.max_positions,
         )
 
+    def seed(self, stage: Train) -> int:
+        """A Train stage's own seed, or the recipe's."""
+        return self.recipe.seed if stage.seed is None else stage.seed
+
     def draft_vocabulary(self, stage: str) -> tuple[int, ...]:
         """The tokens that a DraftVocabulary stage chose."""
         return tuple(json.loads((self.folder(stage) / VOCABULARY).read_text())["ids"])

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jaxdraft.data.pipeline import rows_per_batch
 from jaxdraft.errors import ConfigError, unknown_name
+from jaxdraft.losses import parts
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe_stages import (
     FROM_TARGET,
@@ -55,7 +56,13 @@ class HFModel:
 NO_STAGES = {"init": INITS, "writer": (TARGET,)}  # what else these fields may say
 ROWS = (Prepare, Generate, Score)
 READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
-    Train: {"data": ROWS, "init": (Train,), "draft_vocabulary": (DraftVocabulary,), "probe": (Generate,)},
+    Train: {
+        "data": ROWS,
+        "init": (Train,),
+        "draft_vocabulary": (DraftVocabulary,),
+        "reference": (Train,),
+        "probe": (Generate,),
+    },
     Generate: {"writer": (Train,)},
     Score: {"data": (Prepare, Generate)},
     DraftVocabulary: {"data": ROWS},
@@ -171,6 +178,12 @@ class Recipe:
         """Whether every row that a stage reads has the target's distribution that its loss wants."""
         if stage.target_logits != "stored":
             return
+        others = {loss.temperature for loss in parts(stage.loss)} - {stage.loss.temperature}
+        if others:
+            raise ConfigError(
+                f"{stage.name}: stored probabilities have one temperature, and so must all terms of the loss: "
+                f"{min(others):g} is not {stage.loss.temperature:g}"
+            )
         kept: dict[str, TopK] = {}
         for name in stage.shares:
             made, keep = earlier[name], getattr(earlier[name], "keep_logits", None)

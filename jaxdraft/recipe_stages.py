@@ -100,6 +100,8 @@ class Train(OptimizerSettings, Stage):
       model: the shape; ``None`` is the recipe's draft.
       draft_vocabulary: the DraftVocabulary stage whose tokens alone the head proposes; ``None`` keeps those of
         ``init``'s model, or all.
+      reference: the Train stage whose draft is compared with, for a loss whose ``weights`` need one (``AdaSPEC``).
+      seed: of the order of the rows, of a random start and of what the loss draws; ``None`` is the recipe's.
       accumulate: micro-batches per update.
       remat: recompute activations in the backward pass.
       save_every: steps between checkpoints to resume from.
@@ -121,6 +123,8 @@ class Train(OptimizerSettings, Stage):
     model: ModelConfig | None = None
     target_logits: Literal["live", "stored"] = "live"
     draft_vocabulary: str | None = None
+    reference: str | None = None
+    seed: int | None = None
     accumulate: int = 1
     remat: bool = False
     save_every: int = 1000
@@ -137,6 +141,12 @@ class Train(OptimizerSettings, Stage):
                 f"{self.name}: batch_size is {self.batch_size} and accumulate {self.accumulate}: "
                 "both are positive, and accumulate divides batch_size"
             )
+        needed = self.loss.weights is not None and self.loss.weights.needs_reference
+        if needed != (self.reference is not None):
+            what = "loss.weights need one: name a distilled draft" if needed else "loss.weights need none"
+            raise ConfigError(f"{self.name}: reference is {self.reference!r}, but {what}")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise ConfigError(f"{self.name}: seed is {self.seed}: it must lie in 0..2³¹-1")
         if self.save_every < 1 or (self.keep_every is not None and self.keep_every < 1):
             raise ConfigError(f"{self.name}: save_every and keep_every must be at least 1")
         if min(1 if self.probe_every is None else self.probe_every, self.probe_limit, *self.probe_block_sizes) < 1:
@@ -154,7 +164,7 @@ class Train(OptimizerSettings, Stage):
     @property
     def needs(self) -> tuple[str, ...]:
         start = None if self.init in INITS else self.init
-        return (*self.shares, *filter(None, (start, self.draft_vocabulary, self.probe)))
+        return (*self.shares, *filter(None, (start, self.draft_vocabulary, self.reference, self.probe)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ import jax
 from jaxdraft import __version__
 from jaxdraft.context import Context, sha256
 from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
@@ -75,6 +76,7 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
     with _locked(workdir), _interruptible():
         _check_mesh(recipe)
         _check_starts(context)
+        _check_losses(recipe)
         if not _holds(workdir / "recipe.json", _recipe_json(recipe)):
             _write_json(workdir / "recipe.json", _recipe_json(recipe))
         ran, made = False, dict[str, str]()
@@ -276,6 +278,16 @@ def _check_starts(context: Context) -> None:
                 check_sizes(context.target_shape, stage.model or context.recipe.draft, sizes)
             except ConfigError as error:
                 raise ConfigError(f"{stage.name}: init={stage.init!r}: {error}") from None
+
+
+def _check_losses(recipe: Recipe) -> None:
+    """A mistake in a loss is told now, and not when its stage begins."""
+    for stage in recipe.stages:
+        if isinstance(stage, Train):
+            try:
+                check_loss(stage.loss)
+            except ConfigError as error:
+                raise ConfigError(f"{stage.name}: {error}") from error
 
 
 def _holds(path: Path, value: Any) -> bool:

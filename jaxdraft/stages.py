@@ -56,7 +56,7 @@ CALIBRATION_ROWS = 16
 
 
 def run_train(stage: Train, context: Context) -> Outputs:
-    folder, recipe = context.folder(stage.name), context.recipe
+    folder, recipe, seed = context.folder(stage.name), context.recipe, context.seed(stage)
     mesh = recipe.mesh.build()
     rows = {name: context.rows(name) for name in stage.shares}
     is_stored = stage.target_logits == "stored"
@@ -66,7 +66,7 @@ def run_train(stage: Train, context: Context) -> Outputs:
         rows,
         stage.shares,
         batch_size=stage.batch_size,
-        seed=recipe.seed,
+        seed=seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         stored=is_stored,
@@ -77,6 +77,9 @@ def run_train(stage: Train, context: Context) -> Outputs:
     measure = probe(stage, context, target, draft) if target else None
     teacher = target if stage.loss.needs_target and not is_stored else None
     del target  # one that only gave the start or its probabilities does not stay in memory
+    frozen = {"target": (Decoder(teacher[0]), teacher[1])} if teacher else {}
+    if stage.reference is not None:
+        frozen["reference"] = _reference(stage.reference, config, context)
     params = train(
         folder,
         draft=draft,
@@ -85,8 +88,8 @@ def run_train(stage: Train, context: Context) -> Outputs:
         batches=batches,
         optimizer=stage,
         mesh=mesh,
-        frozen={"target": (Decoder(teacher[0]), teacher[1])} if teacher else {},
-        seed=recipe.seed,
+        frozen=frozen,
+        seed=seed,
         accumulate=stage.accumulate,
         save_every=stage.save_every,
         keep_every=stage.keep_every,
@@ -109,6 +112,13 @@ def run_train(stage: Train, context: Context) -> Outputs:
     }
 
 
+def _reference(name: str, config: ModelConfig, context: Context) -> tuple[Decoder, Params]:
+    reference, params = load_model(context.model_folder(name), mesh=context.recipe.mesh.build(), dtype=compute_dtype())
+    if (reference.vocabulary, reference.head_ids) != (config.vocabulary, config.head_ids):
+        raise ConfigError(f"reference={name!r} does not propose the same tokens as the draft that is trained")
+    return Decoder(reference), params
+
+
 def _start(
     stage: Train,
     context: Context,
@@ -129,7 +139,7 @@ def _start(
         calibration = [first[i] for i in range(min(CALIBRATION_ROWS, len(first)))]
         tokens_BT, segments_BT = (np.stack([row[key] for row in calibration]) for key in ("tokens", "segment_ids"))
         return config, subclone(*target, config, jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segments_BT > 0))
-    params = init_params(config, jax.random.fold_in(jax.random.key(context.recipe.seed), INIT_PURPOSE))
+    params = init_params(config, jax.random.fold_in(jax.random.key(context.seed(stage)), INIT_PURPOSE))
     if target and stage.init == "target-embedding":
         return config, project_embedding(*target, config, params)
     return config, params

@@ -53,10 +53,10 @@ class Loss:
             skew: float = 0.1
 
             def rows(self, draft_logits_CV, target, labels_C):
-                p_CV = jnp.exp(log_probs(draft_logits_CV, self.temperature))
-                q_CV = jnp.exp(target.log_probs(self.temperature))
-                mixed_CV = self.skew * q_CV + (1 - self.skew) * p_CV
-                return jnp.sum(q_CV * jnp.log(q_CV / mixed_CV), axis=-1)
+                log_p_CV = log_probs(draft_logits_CV, self.temperature)
+                log_q_CV = target.log_probs(self.temperature)
+                log_mixed_CV = jnp.logaddexp(math.log(self.skew) + log_q_CV, math.log1p(-self.skew) + log_p_CV)
+                return jnp.sum(jnp.exp(log_q_CV) * (log_q_CV - log_mixed_CV), axis=-1)
 
     An instance is hashable and holds no array: it is a static argument of ``jax.jit``.
 

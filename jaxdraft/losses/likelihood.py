@@ -134,3 +134,10 @@ class Mixture(Loss):
             seen[kind] += 1
             named.append((kind if kinds[kind] == 1 else f"{kind}_{seen[kind]}", (weight, loss)))
         return named
+
+
+def parts(loss: Loss) -> tuple[Loss, ...]:
+    """The terms of a mixture, and of mixtures in it; of any other loss itself."""
+    if not isinstance(loss, Mixture):
+        return (loss,)
+    return tuple(part for _, term in loss.terms for part in parts(term))

@@ -1,0 +1,87 @@
+"""Tries a loss on a tiny batch, so that a mistake in it is told in words before a run begins.
+
+Shapes: C positions, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.losses.base import Loss
+from jaxdraft.losses.targets import DenseTarget
+
+_ROWS, _TOKENS = 4, 11
+_CASES = (
+    ("on random logits", ""),
+    ("where draft and target are equal", "; keep square roots and quotients away from 0"),
+    (
+        "where draft and target hardly overlap",
+        "; probabilities underflow: stay with log_probs, or guard 0 · log 0",
+    ),
+)
+
+
+@functools.cache
+def check_loss(loss: Loss) -> None:
+    """Computes value and gradient where draft and target differ, are equal, and hardly overlap.
+
+    Raises:
+      ConfigError: ``rows`` fails, gives other than one number per position, or a value or gradient that is not
+        finite; the message says which, and where.
+    """
+    name = type(loss).__name__
+    draft_CV, target_CV = _logits()
+    labels_C = jnp.arange(len(draft_CV)) % _TOKENS
+    target = DenseTarget(jnp.asarray(target_CV)) if loss.needs_target else None
+    keys_C = jax.random.split(jax.random.key(0), len(draft_CV)) if loss.draws else None
+
+    @jax.jit
+    def value_and_gradient(draft_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = loss.batch_statistics(draft_CV, target, labels_C, keys_C)
+        means = jax.tree.map(lambda x_C: jax.lax.stop_gradient(jnp.mean(x_C)), found)
+        loss_C, pullback = jax.vjp(lambda x: loss.logged_rows(x, target, labels_C, keys_C, means)[0], draft_CV)
+        return loss_C, pullback(jnp.ones_like(loss_C))[0]
+
+    try:
+        loss_C, grad_CV = map(np.asarray, value_and_gradient(draft_CV))
+    except ValueError as error:  # of logged_rows: the shape
+        raise ConfigError(f"loss {error.args[0].splitlines()[0]}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ConfigError(f"loss {name}: rows failed on a batch of {draft_CV.shape} logits with {what}") from error
+    for i, (where, remedy) in enumerate(_CASES):
+        case = slice(i * _ROWS, (i + 1) * _ROWS)
+        if not np.isfinite(loss_C[case]).all():
+            raise ConfigError(f"loss {name}: its value is not finite {where}: {loss_C[case]}{remedy}")
+        if not np.isfinite(grad_CV[case]).all():
+            raise ConfigError(f"loss {name}: its gradient is not finite {where}, though its value is{remedy}")
+    if loss.weights is not None:
+        _check_weights(loss)
+
+
+def _check_weights(loss: Loss) -> None:
+    name = f"{type(loss).__name__}.weights ({type(loss.weights).__name__})"
+    counts_BT = jnp.asarray(np.arange(2 * _TOKENS).reshape(2, _TOKENS) % 5 > 0, jnp.float32)
+    keys = ("loss", "log_prob", *(("acceptance",) if loss.needs_target else ()), "reference_loss")
+    values = {key: (-counts_BT if key == "log_prob" else counts_BT / (2 + i)) for i, key in enumerate(keys)}
+    assert loss.weights is not None
+    try:
+        weights_BT = np.asarray(loss.weights(values, counts_BT))
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ConfigError(f"loss {name} failed on {sorted(values)} of shape {counts_BT.shape} with {what}") from error
+    if weights_BT.shape != counts_BT.shape:
+        raise ConfigError(f"loss {name}: one weight per position, {counts_BT.shape}; got {weights_BT.shape}")
+    if not (np.isfinite(weights_BT).all() and (weights_BT >= 0).all()) or weights_BT[np.asarray(counts_BT) == 0].any():
+        raise ConfigError(f"loss {name}: weights are finite, not negative, and 0 where a position does not count")
+
+
+def _logits() -> tuple[np.ndarray, np.ndarray]:
+    """Draft and target logits ``[C, V]``, float32, a few rows of each case."""
+    rng = np.random.default_rng(0)
+    draft, target = rng.standard_normal((2, _ROWS, _TOKENS), dtype=np.float32)
+    side = np.where(np.arange(_TOKENS) % 2, 100, -100).astype(np.float32)
+    return np.concatenate([draft, draft, draft + side]), np.concatenate([target, draft, target - side])
