@@ -93,7 +93,9 @@ class JSD(Loss):
     def rows(self, draft_logits_CV: jax.Array, target: Target, labels_C: jax.Array) -> jax.Array:
         log_p_CV = log_probs(draft_logits_CV, self.temperature)
         log_q_CV = target.log_probs(self.temperature)
-        log_m_CV = jnp.logaddexp(log_q_CV + math.log(self.beta), log_p_CV + math.log1p(-self.beta))
+        there_CV = jnp.maximum(log_p_CV, log_q_CV) > -jnp.inf  # a column of padding has no gradient in logaddexp
+        scaled = lambda log_CV, share: jnp.where(there_CV, log_CV + math.log(share), 0)
+        log_m_CV = jnp.logaddexp(scaled(log_q_CV, self.beta), scaled(log_p_CV, 1 - self.beta))
         jsd_C = self.beta * _kl(log_q_CV, log_m_CV) + (1 - self.beta) * _kl(log_p_CV, log_m_CV)
         return jsd_C - self.beta * math.log(self.beta) * _outside(log_q_CV, target)
 
