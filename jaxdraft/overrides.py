@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from jaxdraft.errors import ConfigError, unknown_name
-from jaxdraft.losses import Loss, resolve_loss
+from jaxdraft.losses import Loss, Weights, resolve
 
 
 class Change(NamedTuple):
@@ -89,13 +89,23 @@ def _index(names: list[str], change: Change) -> int:
 
 
 def _read(change: Change, hint: Any) -> Any:
-    if isinstance(hint, type) and issubclass(hint, Loss):
-        return resolve_loss(change.text)()
+    for kind in (Loss, Weights):
+        if any(isinstance(option, type) and issubclass(option, kind) for option in (hint, *get_args(hint))):
+            if change.text.lower() in ("none", "null") and type(None) in get_args(hint):
+                return None
+            return _made(change, resolve(change.text, kind))
     try:
         return _coerce(change.text, hint)
     except (ValueError, SyntaxError):
         wanted = getattr(hint, "__name__", str(hint))
         raise change.wrong(f"cannot read {change.text!r} as {wanted}") from None
+
+
+def _made(change: Change, kind: type) -> Any:
+    try:
+        return kind()
+    except TypeError as error:
+        raise change.wrong(f"{error}: give every field of {kind.__name__} a default, then set it by its name") from None
 
 
 def _coerce(text: str, hint: Any) -> Any:

@@ -149,7 +149,8 @@ def test_a_stage_that_learns_from_answers_is_measured_on_them():
 
 
 def test_every_shipped_recipe_loads():
-    arguments = {"tinystories": ["target.path=somewhere", "text.path=something.txt"]}
+    somebody_elses = ["target.path=somewhere", "text.path=something.txt"]
+    arguments = {"tinystories": somebody_elses, "loss_comparison": somebody_elses}
     for path in CONFIGS.glob("*.py"):
         recipe = load_recipe(path.stem, arguments.get(path.stem, []))
         assert to_json(recipe)["title"]

@@ -1,7 +1,7 @@
 """What a draft is trained to minimise: a loss is one function of rows, and ``chunked`` runs it without full logits."""
 
 from jaxdraft.losses.acceptance import agreement, overlap
-from jaxdraft.losses.base import Loss, Weights, resolve_loss
+from jaxdraft.losses.base import Loss, Weights, resolve
 from jaxdraft.losses.check import check_loss
 from jaxdraft.losses.divergences import JSD, KL, TVD, CrossEntropy, ReverseKL
 from jaxdraft.losses.engine import LossOutput, Positions, Shared, batch_statistics, chunked, per_position
@@ -42,6 +42,6 @@ __all__ = [
     "overlap",
     "parts",
     "per_position",
-    "resolve_loss",
+    "resolve",
     "weighted",
 ]

@@ -136,27 +136,33 @@ class Loss:
         return self.statistics(draft_logits_CV, target, labels_C, **({"keys_C": keys_C} if self.draws else {}))
 
 
-def resolve_loss(name: str) -> type[Loss]:
+def resolve(name: str, kind: type = Loss) -> type:
     """The class behind ``"TVDPlusPlus"``, or ``"my_package.module:MyLoss"`` for one of the user's own.
 
+    Args:
+      name: of a loss, or of weights.
+      kind: ``Loss`` or ``Weights``.
+
     Raises:
-      ConfigError: no such module or no such loss in it; the message lists what there is.
+      ConfigError: no such module or no such class in it; the message lists what there is.
     """
+    what = kind.__name__.lower()
     module_name, _, attribute = name.rpartition(":")
     module_name = module_name or "jaxdraft.losses"
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"loss {name!r}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?"
+            f"{what} {name!r}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?"
         ) from error
-    losses = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Loss)}
-    losses.pop("Loss", None)
-    if attribute not in losses:
-        close = difflib.get_close_matches(attribute, losses, n=1)
+    found = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)}
+    found.pop(kind.__name__, None)
+    if attribute not in found:
+        close = difflib.get_close_matches(attribute, found, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        known = ", ".join(sorted(losses)) or "none"
+        known = ", ".join(sorted(found)) or "none"
         raise ConfigError(
-            f"no loss {attribute!r} in {module_name!r}; {hint}There: {known}. Your own: 'my_package.module:MyLoss'"
+            f"no {what} {attribute!r} in {module_name!r}; {hint}There: {known}. "
+            f"Your own: 'my_package.module:My{kind.__name__}'"
         )
-    return losses[attribute]
+    return found[attribute]

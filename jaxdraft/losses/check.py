@@ -35,18 +35,18 @@ def check_loss(loss: Loss) -> None:
     name = type(loss).__name__
     draft_CV, target_CV = _logits()
     labels_C = jnp.arange(len(draft_CV)) % _TOKENS
-    target = DenseTarget(jnp.asarray(target_CV)) if loss.needs_target else None
     keys_C = jax.random.split(jax.random.key(0), len(draft_CV)) if loss.draws else None
 
     @jax.jit
-    def value_and_gradient(draft_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def value_and_gradient(draft_CV: jax.Array, target_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        target = DenseTarget(target_CV) if loss.needs_target else None
         found = loss.batch_statistics(draft_CV, target, labels_C, keys_C)
         means = jax.tree.map(lambda x_C: jax.lax.stop_gradient(jnp.mean(x_C)), found)
         loss_C, pullback = jax.vjp(lambda x: loss.logged_rows(x, target, labels_C, keys_C, means)[0], draft_CV)
         return loss_C, pullback(jnp.ones_like(loss_C))[0]
 
     try:
-        loss_C, grad_CV = map(np.asarray, value_and_gradient(draft_CV))
+        loss_C, grad_CV = map(np.asarray, value_and_gradient(draft_CV, target_CV))
     except ValueError as error:  # of logged_rows: the shape
         raise ConfigError(f"loss {error.args[0].splitlines()[0]}") from error
     except Exception as error:

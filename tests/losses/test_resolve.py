@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.losses import Positions, Shared, TVDPlusPlus, chunked, resolve_loss
+from jaxdraft.losses import DPACE, Positions, Shared, TVDPlusPlus, Weights, chunked, resolve
 
 USERS_MODULE = """
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ class SkewKL(Loss):
 
 
 def test_a_loss_of_the_project():
-    assert resolve_loss("TVDPlusPlus") is TVDPlusPlus
-    assert resolve_loss("jaxdraft.losses.tvdpp:TVDPlusPlus") is TVDPlusPlus
+    assert resolve("TVDPlusPlus") is TVDPlusPlus
+    assert resolve("jaxdraft.losses.tvdpp:TVDPlusPlus") is TVDPlusPlus
 
 
 def test_a_users_loss(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(USERS_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    loss = resolve_loss("my_losses:SkewKL")(temperature=0.8, skew=0.25)
+    loss = resolve("my_losses:SkewKL")(temperature=0.8, skew=0.25)
     assert loss.skew == 0.25
 
     rng = np.random.default_rng(0)
@@ -45,6 +45,12 @@ def test_a_users_loss(tmp_path, monkeypatch):
     np.testing.assert_allclose(grad_ND, expected_ND, rtol=1e-4, atol=1e-6)
 
 
+def test_weights_are_found_the_same_way():
+    assert resolve("DPACE", Weights) is DPACE
+    with pytest.raises(ConfigError, match=r"no weights 'TVD'.*There: AdaSPEC, DPACE.*MyWeights"):
+        resolve("TVD", Weights)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -56,4 +62,4 @@ def test_a_users_loss(tmp_path, monkeypatch):
 )
 def test_unknown_names(name, message):
     with pytest.raises(ConfigError, match=message):
-        resolve_loss(name)
+        resolve(name)

@@ -1,0 +1,119 @@
+"""A mistake in a user's loss is told apart and in words, before a run begins."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+import pytest
+
+from jaxdraft.errors import ConfigError
+from jaxdraft.losses import DPACE, KL, AdaSPEC, Loss, Weights, check_loss, log_probs
+from tests.losses.test_losses import every_loss
+
+
+@every_loss
+def test_ours_pass(loss):
+    check_loss(loss)
+
+
+@pytest.mark.parametrize("weights", [DPACE(), AdaSPEC()], ids=lambda weights: type(weights).__name__)
+def test_our_weights_pass(weights):
+    check_loss(KL(weights=weights))
+
+
+@dataclass(frozen=True)
+class Averaged(Loss):
+    def rows(self, draft_logits_CV, target, labels_C):
+        return jnp.mean(draft_logits_CV)
+
+
+@dataclass(frozen=True)
+class Misshapen(Loss):
+    def rows(self, draft_logits_CV, target, labels_C):
+        return jnp.sum(draft_logits_CV, -1), {"extra": draft_logits_CV}
+
+
+@dataclass(frozen=True)
+class Misspelt(Loss):
+    def rows(self, draft_logits_CV, target, labels_C):
+        return jnp.sum(target.log_prob(self.temperature), axis=-1)
+
+
+@dataclass(frozen=True)
+class Underflowing(Loss):
+    """0 · log 0 where a probability is smaller than the smallest float."""
+
+    def rows(self, draft_logits_CV, target, labels_C):
+        p_CV = jnp.exp(log_probs(draft_logits_CV, self.temperature))
+        q_CV = jnp.exp(target.log_probs(self.temperature))
+        return jnp.sum(q_CV * jnp.log(q_CV / p_CV), axis=-1)
+
+
+@dataclass(frozen=True)
+class Infinite(Loss):
+    needs_target: ClassVar[bool] = False
+
+    def rows(self, draft_logits_CV, target, labels_C):
+        return jnp.sum(draft_logits_CV, axis=-1) / 0.0
+
+
+@dataclass(frozen=True)
+class Singular(Loss):
+    """Finite everywhere, with an infinite slope where the models agree."""
+
+    def rows(self, draft_logits_CV, target, labels_C):
+        p_CV = jnp.exp(log_probs(draft_logits_CV, self.temperature))
+        q_CV = jnp.exp(target.log_probs(self.temperature))
+        return jnp.sqrt(jnp.sum((p_CV - q_CV) ** 2, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Averaged(), r"loss Averaged\.rows: one number per position, \(12,\); got \(\)"),
+        (Misshapen(), r"loss Misshapen\.extra: one number per position, \(12,\); got \(12, 11\)"),
+        (Misspelt(), r"loss Misspelt: rows failed .* AttributeError: .*'log_prob'"),
+        (Underflowing(), r"loss Underflowing: its .* is not finite where draft and target hardly overlap"),
+        (Infinite(), r"loss Infinite: its value is not finite on random logits"),
+        (
+            Singular(),
+            r"loss Singular: its gradient is not finite where draft and target are equal, though its value is",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Loss) else "",
+)
+def test_each_mistake_by_its_name(loss, message):
+    with pytest.raises(ConfigError, match=message):
+        check_loss(loss)
+
+
+@dataclass(frozen=True)
+class Negative(Weights):
+    def __call__(self, values, weights_BT):
+        return weights_BT - 0.5
+
+
+@dataclass(frozen=True)
+class Pooled(Weights):
+    def __call__(self, values, weights_BT):
+        return jnp.sum(weights_BT, axis=-1)
+
+
+@dataclass(frozen=True)
+class Unknown(Weights):
+    def __call__(self, values, weights_BT):
+        return values["entropy"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (Negative(), r"KL\.weights \(Negative\): weights are finite, not negative, and 0 where a position does not"),
+        (Pooled(), r"KL\.weights \(Pooled\): one weight per position, \(2, 11\); got \(2,\)"),
+        (Unknown(), r"KL\.weights \(Unknown\) failed on .*'log_prob'.* KeyError: 'entropy'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Weights) else "",
+)
+def test_mistakes_in_weights(weights, message):
+    with pytest.raises(ConfigError, match=message):
+        check_loss(KL(weights=weights))
