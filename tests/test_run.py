@@ -102,6 +102,22 @@ def test_results_are_complete_and_consistent(tiny_run):
     assert {line["step"] for line in lines if line["draft"] == "distill"} == {3, 6}
 
 
+def test_samples_add_up_to_the_results(tiny_run):
+    folder = tiny_run / "evaluate" / "distill"
+    samples = read_jsonl(folder / "samples.jsonl")
+    for row in json.loads((folder / "results.json").read_text())["runs"]:
+        mine = [line for line in samples if (line["task"], line["block_size"]) == (row["task"], row["block_size"])]
+        total = {key: sum(line[key] for line in mine) for key in ("target_tokens", "expected_blocks", "overlap_sum")}
+        assert total["target_tokens"] / total["expected_blocks"] == pytest.approx(
+            row["block_efficiency_offline"], abs=1e-5
+        )
+        assert total["overlap_sum"] / total["target_tokens"] == pytest.approx(row["overlap"], abs=1e-5)
+        # Only a cut block writes less than its accepted tokens and one more.
+        is_cut = [len(line["tokens"]) < sum(line["accepted"]) + len(line["accepted"]) for line in mine]
+        complete = [a for cut, line in zip(is_cut, mine, strict=True) for a in line["accepted"][: -1 if cut else None]]
+        assert np.mean(complete) / row["block_size"] == pytest.approx(row["acceptance_rate"], abs=1e-6)
+
+
 def test_the_last_checkpoint_is_the_model_that_was_evaluated(tiny_run):
     results = json.loads((tiny_run / "evaluate" / "distill" / "results.json").read_text())
     expected = {row["task"]: row["block_efficiency_offline"] for row in results["runs"]}

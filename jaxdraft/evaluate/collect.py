@@ -20,7 +20,18 @@ _SHAPE = {
     "Key/value heads": ("num_kv_heads", "num_key_value_heads"),
     "Vocabulary": ("vocab_size",),
 }
-_LOSSES = {"TVDPlusPlus": "TVD++", "CrossEntropy": "cross-entropy"}  # as the papers write them
+# Losses and weights as the papers write them.
+_LOSSES = {
+    "CrossEntropy": "cross-entropy",
+    "ReverseKL": "reverse KL",
+    "TVDPlusPlus": "TVD++",
+    "TVDPlusPlusGlobal": "TVD++ (global σ)",
+    "TVDPlusPlusLiteral": "TVD++ (literal)",
+    "TVDPlusPlusSampled": "TVD++ (sampled)",
+    "LogAcceptance": "−log α",
+    "LKHybrid": "LK hybrid",
+    "DPACE": "D-PACE",
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,12 @@ class Stage:
 
     @property
     def compared(self) -> bool:
-        """Whether the target was in the loop: only then is there an acceptance to log."""
-        return any("acceptance" in line for line in self.metrics)
+        """Whether the target's distribution was there, live or stored: only then is there an acceptance to log."""
+        return self.logged("acceptance") or self.logged("acceptance_low")
+
+    def logged(self, key: str) -> bool:
+        """Whether any step logged ``key``."""
+        return any(key in line for line in self.metrics)
 
     @property
     def writers(self) -> list[str]:
@@ -55,9 +70,7 @@ class Stage:
     def loss(self) -> str:
         """Name of the loss, or "" where there is none."""
         loss = self.settings.get("loss")
-        if isinstance(loss, dict):
-            return _LOSSES.get(loss["type"], str(loss["type"]))
-        return ""
+        return _loss_name(loss) if isinstance(loss, dict) else ""
 
     @property
     def label(self) -> str:
@@ -213,6 +226,16 @@ def _read_stage(folder: Path, planned: dict[str, Any], answers: set[str]) -> Sta
         seconds=done.get("seconds"),
         metrics=read_lines(folder / name / "metrics.jsonl"),
     )
+
+
+def _loss_name(loss: dict[str, Any]) -> str:
+    name = _LOSSES.get(loss["type"], str(loss["type"]))
+    if terms := loss.get("terms"):
+        names = [(share, _loss_name(term).replace("cross-entropy", "CE")) for share, term in terms]
+        name = " + ".join(term if share == 1 else f"{share:g} {term}" for share, term in names)
+    if weights := loss.get("weights"):
+        name += f", {_LOSSES.get(weights['type'], weights['type'])} weights"
+    return name
 
 
 def _writers(settings: dict[str, Any]) -> list[str]:

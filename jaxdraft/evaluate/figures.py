@@ -19,6 +19,7 @@ SMOOTHED_FRACTION = 0.02  # of a stage's steps
 _WIDTH = 4.5  # inches
 _HEIGHT = 3.2
 _INK = "#222222"
+_LONGEST_OF_TWO = 30  # characters of a legend's label with another beside it
 _STYLE = {
     "figure.dpi": 160,
     "font.size": 10,
@@ -218,6 +219,30 @@ def draw_positions(file: str, rows: Sequence[Mapping[str, Any]], known: Mapping[
     return _picture(file, f"Acceptance by position, {title}", draw)
 
 
+def draw_comparison(file: str, rows: Sequence[Mapping[str, Any]], title: str) -> Picture:
+    """Block efficiency of groups of drafts with its 95% interval, a line each from the top; colours say what they
+    learned from."""
+    data = sorted({row["data"] for row in rows})
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.grid(visible=False, axis="y")
+        for place, row in enumerate(rows):
+            number = data.index(row["data"])
+            colour, marker = _DISTILLED[number % len(_DISTILLED)], _MARKERS[number % len(_MARKERS)]
+            axes.hlines(place, *row["block_efficiency_ci95"], color=colour, linewidth=1.2)
+            label = _once(axes, row["data"])
+            axes.plot(row["block_efficiency"], place, marker, color=colour, markersize=4, linestyle="", label=label)
+        axes.set_yticks(range(len(rows)), [textwrap.shorten(row["group"], 32) for row in rows], fontsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel("block efficiency (tokens per target run)")
+        axes.set_title(title)
+        _legend(figure, axes)
+
+    return _picture(file, f"Block efficiency, {title}, by group of drafts", draw, height=1.4 + 0.17 * len(rows))
+
+
 def decoding(row: Mapping[str, Any]) -> str:
     """How a result was decoded, in words: "greedy" or "T 0.6, top-p 0.9"."""
     if not row.get("temperature"):
@@ -248,7 +273,9 @@ def _once(axes: Any, label: str) -> str:
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels), default=0) > _LONGEST_OF_TWO else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _listed(stages: Sequence[Stage]) -> str:

@@ -16,6 +16,7 @@ from jaxdraft.decode import (
     Seconds,
     SpeculativeResult,
     acceptance_ratios,
+    expected_blocks,
     generate_batches,
     speculative_batches,
     step_latency,
@@ -137,7 +138,7 @@ class Evaluator:
             for block_size in self._settings.block_sizes:
                 results, batches = self._with_draft(draft, baseline, block_size)
                 runs.append(self._run(draft, baseline, block_size, ratio, results, batches, acceptances))
-                samples += _samples(baseline, block_size, results)
+                samples += _samples(baseline, block_size, results, acceptances)
         parameters = {"target": self._target.num_parameters, "draft": draft.num_parameters, "ratio": ratio}
         settings = {**dataclasses.asdict(self._settings), "dtype": str(jax.tree.leaves(draft.params)[0].dtype)}
         results_json = {
@@ -277,7 +278,14 @@ def _speeds(baseline: Baseline, results: Sequence[SpeculativeResult], batches) -
     }
 
 
-def _samples(baseline: Baseline, block_size: int, results: Sequence[SpeculativeResult]) -> list[dict[str, Any]]:
+def _samples(
+    baseline: Baseline,
+    block_size: int,
+    results: Sequence[SpeculativeResult],
+    acceptances: Sequence[Acceptance],
+) -> list[dict[str, Any]]:
+    """Each prompt's answer, and what it adds to the sums: of the text that the target wrote alone, its tokens, the
+    blocks expected for them and their overlap."""
     return [
         {
             "id": prompt.id,
@@ -287,6 +295,9 @@ def _samples(baseline: Baseline, block_size: int, results: Sequence[SpeculativeR
             "prompt_tokens": list(prompt.tokens),
             "tokens": result.tokens,
             "accepted": result.accepted,
+            "target_tokens": len(acceptance.accept_N),
+            "expected_blocks": round(expected_blocks(acceptance.accept_N, block_size), 6),
+            "overlap_sum": round(float(acceptance.overlap_N.sum()), 6),
         }
-        for prompt, result in zip(baseline.prompts, results, strict=True)
+        for prompt, result, acceptance in zip(baseline.prompts, results, acceptances, strict=True)
     ]

@@ -27,7 +27,7 @@ def with_interval(name: str, statistic: Callable[[np.ndarray], float], count: in
     value = statistic(np.arange(count))
     finite = [draw for draw in draws if np.isfinite(draw)] or [value]
     low, high = np.percentile(finite, [2.5, 97.5])
-    return {name: _plain(value), f"{name}_ci95": [_plain(low), _plain(high)]}
+    return {name: plain(value), f"{name}_ci95": [plain(low), plain(high)]}
 
 
 def ratio_of_sums(above: Sequence[float], below: Sequence[float]) -> Callable[[np.ndarray], float]:
@@ -81,7 +81,7 @@ def acceptance_metrics(results: Sequence[SpeculativeResult], block_size: int, ra
         **with_interval("block_efficiency_full", lambda i: 1 + per_block(i), count),
         **with_interval("mbsu", lambda i: mbsu(efficiency(i), ratio, block_size), count),
         "acceptance_by_position": [
-            _plain(float(np.mean(everything >= i))) if everything.size else None for i in range(1, block_size + 1)
+            plain(float(np.mean(everything >= i))) if everything.size else None for i in range(1, block_size + 1)
         ],
     }
 
@@ -99,6 +99,6 @@ def overlap_metrics(acceptances: Sequence[Acceptance]) -> dict[str, Any]:
     return with_interval("overlap", ratio_of_sums(sums, [len(a.overlap_N) for a in acceptances]), len(sums))
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
     """JSON has no nan: what cannot be said is null."""
     return round(float(value), 6) if np.isfinite(value) else None

@@ -16,12 +16,17 @@ from typing import Any
 from jaxdraft.decode.speculative import token_origins
 from jaxdraft.evaluate import figures
 from jaxdraft.evaluate.collect import RunDirectory, read_run
+from jaxdraft.evaluate.comparison import compare, fewer_drafts, ranked
 from jaxdraft.evaluate.figures import Look, Picture, decoding
-from jaxdraft.evaluate.tables import model_table, pivot, speed_table, stage_table, write_csvs
+from jaxdraft.evaluate.tables import comparison_tables, model_table, pivot, speed_table, stage_table, write_csvs
 from jaxdraft.evaluate.verdict import Summary, number, summarise
 
 SAMPLES_PER_TASK = 2
 _LONGEST_PROMPT = 1200  # characters shown
+_ACCEPTANCE = {
+    "acceptance": "acceptance (1 − TVD)\non training data",
+    "acceptance_low": "acceptance, at least\n(from stored targets)",
+}
 
 
 def write_report(workdir: Path) -> Path:
@@ -33,41 +38,49 @@ def write_report(workdir: Path) -> Path:
     import jinja2
 
     run = read_run(Path(workdir))
-    known = figures.looks(run.stages)
+    summary, comparison = summarise(run), compare(run)
+    few = fewer_drafts(run, summary.baseline)
+    known = figures.looks(few.stages)
     pictures = {
-        "losses": _loss_pictures(run, known),
-        "block_efficiency": _bar_pictures(run, known, "block_efficiency", "block efficiency\n(tokens per target run)"),
-        "mbsu": _bar_pictures(run, known, "mbsu", "MBSU\n(× target alone)"),
-        "speed": _bar_pictures(run, known, "token_rate_ratio", "measured token rate\n(× target alone)"),
-        "while_learning": _learning_pictures(run, known),
-        "checkpoints": _checkpoint_pictures(run, known),
-        "positions": _position_pictures(run, known),
+        "losses": _loss_pictures(few, known),
+        "comparison": _comparison_pictures(comparison),
+        "block_efficiency": _bar_pictures(few, known, "block_efficiency", "block efficiency\n(tokens per target run)"),
+        "mbsu": _bar_pictures(few, known, "mbsu", "MBSU\n(× target alone)"),
+        "speed": _bar_pictures(few, known, "token_rate_ratio", "measured token rate\n(× target alone)"),
+        "while_learning": _learning_pictures(few, known),
+        "checkpoints": _checkpoint_pictures(few, known),
+        "positions": _position_pictures(few, known),
     }
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(resources.files("jaxdraft.evaluate").joinpath("report.html").read_text("utf-8"))
-    page = template.render(_context(run, summarise(run), pictures))
+    page = template.render(_context(run, few, summary, pictures), comparison=comparison_tables(comparison))
 
     partial = run.folder / "report.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for picture in (picture for section in pictures.values() for picture in section):
         (partial / picture.file).write_bytes(picture.png)
-    write_csvs(partial, run)
+    write_csvs(partial, run, comparison)
     (partial / "index.html").write_text(page, encoding="utf-8")
     shutil.rmtree(run.folder / "report", ignore_errors=True)
     partial.rename(run.folder / "report")
     return run.folder / "report" / "index.html"
 
 
-def _context(run: RunDirectory, summary: Summary, pictures: Mapping[str, Sequence[Picture]]) -> dict[str, Any]:
+def _context(
+    run: RunDirectory, few: RunDirectory, summary: Summary, pictures: Mapping[str, Sequence[Picture]]
+) -> dict[str, Any]:
+    """What the page shows; ``few`` is ``run`` with the drafts that are shown one by one."""
     return {
         "title": run.recipe.get("title") or run.recipe.get("name") or run.folder.name,
         "description": run.recipe.get("description", ""),
         "summary": summary,
-        "stages": stage_table(run.stages),
+        "stages": stage_table(few.stages),
+        "drafts_left_out": len(run.stages) - len(few.stages),
         "models": model_table(run, summary.best),
+        "acceptance_low": any(stage.logged("acceptance_low") for stage in few.stages),
         "smoothed": f"{figures.SMOOTHED_FRACTION:.0%}",
         "pictures": {
             section: [
@@ -76,10 +89,10 @@ def _context(run: RunDirectory, summary: Summary, pictures: Mapping[str, Sequenc
             ]
             for section, found in pictures.items()
         },
-        "block_efficiency": pivot(run, "block_efficiency"),
-        "mbsu": pivot(run, "mbsu"),
+        "block_efficiency": pivot(few, "block_efficiency"),
+        "mbsu": pivot(few, "mbsu"),
         "speed": speed_table(run, summary.best),
-        "other_speeds": [(draft, speed_table(run, draft)) for draft in run.drafts if draft != summary.best],
+        "other_speeds": [(draft, speed_table(few, draft)) for draft in few.drafts if draft != summary.best],
         "learning_block_size": max((line["block_size"] for line in run.while_learning), default=None),
         "checkpoint_block_size": min((line["block_size"] for line in run.checkpoints), default=None),
         "position_block_size": max((row["block_size"] for row in run.results), default=None),
@@ -98,12 +111,9 @@ def _loss_pictures(run: RunDirectory, known: Mapping[str, Look]) -> list[Picture
     pictures = []
     if others:
         pictures.append(figures.draw_curves("loss.png", others, known, "loss", "loss (nats per token)"))
-    if compared := [stage for stage in distilled if stage.compared]:
-        pictures.append(
-            figures.draw_curves(
-                "acceptance.png", compared, known, "acceptance", "acceptance (1 − TVD)\non training data"
-            )
-        )
+    for key, label in _ACCEPTANCE.items():
+        if compared := [stage for stage in distilled if stage.logged(key)]:
+            pictures.append(figures.draw_curves(f"{key}.png", compared, known, key, label))
     if distilled:
         pictures.append(figures.draw_loss_panels("loss_distillation.png", distilled, known))
     return pictures
@@ -118,6 +128,16 @@ def _bar_pictures(run: RunDirectory, known: Mapping[str, Look], metric: str, lab
         file, title = f"{metric}_gamma_{block_size}.png", f"γ = {block_size}"
         pictures.append(figures.draw_bars(file, rows, known, metric, label, title, top))
     return pictures
+
+
+def _comparison_pictures(comparison: Sequence[dict[str, Any]]) -> list[Picture]:
+    """A figure for each task and decoding setting, at the largest block size."""
+    return [
+        figures.draw_comparison(
+            f"comparison_{i}.png", [group[-1] for group in groups], f"{title}, γ = {groups[0][-1]['block_size']}"
+        )
+        for i, (title, groups) in enumerate(ranked(comparison).items(), start=1)
+    ]
 
 
 def _learning_pictures(run: RunDirectory, known: Mapping[str, Look]) -> list[Picture]:

@@ -1,12 +1,14 @@
 """A run's tables, as they stand on the report's page and as CSV."""
 
 import csv
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdraft.evaluate.collect import RunDirectory, Stage
+from jaxdraft.evaluate.comparison import ranked
 from jaxdraft.evaluate.figures import decoding
 from jaxdraft.evaluate.verdict import count, number
 
@@ -21,10 +23,17 @@ _KINDS = {
 }
 _SHOWN_ELSEWHERE = ("rows", "tokens", "steps", "parameters", "shape")
 _KEY = ("draft", "task", "temperature", "top_p", "block_size")
+_FIRST = ("group", *_KEY)
+_COMPARED = {
+    "Acceptance rate": "acceptance_rate",
+    "Block efficiency": "block_efficiency",
+    "The same, offline": "block_efficiency_offline",
+    "MBSU": "mbsu",
+}
 
 
 class Cell(NamedTuple):
-    """A table's cell: its text, a smaller second text, and whether it is the best of its row."""
+    """A table's cell: its text, a smaller second text, and whether it is the best of those it is compared with."""
 
     text: str
     detail: str = ""
@@ -112,10 +121,28 @@ def pivot(run: RunDirectory, metric: str) -> Table:
     return Table([*_headings("Task", "γ"), *(Cell(name, loss) for name, loss in losses.items())], rows)
 
 
-def _measured(row: Mapping[str, Any], metric: str, best: float | None = None) -> Cell:
+def _measured(row: Mapping[str, Any], metric: str, best: float | None = None, digits: int = 2) -> Cell:
     interval = row.get(f"{metric}_ci95")
-    detail = f"{number(interval[0])} – {number(interval[1])}" if interval else ""
-    return Cell(number(row.get(metric)), detail, best is not None and row[metric] == best)
+    detail = " – ".join(number(end, digits) for end in interval) if interval else ""
+    return Cell(number(row.get(metric), digits), detail, best is not None and row[metric] == best)
+
+
+def comparison_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Table]:
+    """For each task and decoding setting a table of groups of drafts, the best of each column marked."""
+    return {title: _comparison_table(groups) for title, groups in ranked(rows).items()}
+
+
+def _comparison_table(groups: Sequence[Sequence[dict[str, Any]]]) -> Table:
+    block_sizes = sorted({row["block_size"] for group in groups for row in group})
+    columns = [*_headings("Drafts", "Learned from", "Seeds")]
+    lines = [[Cell(row["group"], row["loss"]), Cell(row["data"]), Cell(str(row["seeds"]))] for row, *_ in groups]
+    for block_size, (name, metric) in itertools.product(block_sizes, _COMPARED.items()):
+        columns.append(Cell(name, f"γ = {block_size}"))
+        cells = [next((row for row in group if row["block_size"] == block_size), None) for group in groups]
+        best = max((row[metric] for row in cells if row and row[metric] is not None), default=None)
+        for line, row in zip(lines, cells, strict=True):
+            line.append(_measured(row, metric, best, digits=3) if row else Cell("–"))
+    return Table(columns, lines, names=2)
 
 
 def speed_table(run: RunDirectory, draft: str | None) -> Table:
@@ -145,8 +172,9 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def write_csvs(folder: Path, run: RunDirectory) -> None:
-    """results, acceptance_by_position, checkpoints, while_learning and stages as CSV files, at full precision."""
+def write_csvs(folder: Path, run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> None:
+    """results, acceptance_by_position, checkpoints, while_learning, stages and comparison as CSV files, at full
+    precision; none for what there is nothing of."""
     results = [{key: row[key] for key in row if key != "acceptance_by_position"} for row in run.results]
     positions = [
         {**{key: row.get(key) for key in _KEY}, "position": i, "accepted": share}
@@ -157,8 +185,14 @@ def write_csvs(folder: Path, run: RunDirectory) -> None:
         {"name": stage.name, "kind": stage.kind, "status": stage.status, "seconds": stage.seconds, **stage.summary}
         for stage in run.stages
     ]
-    tables = {"results": results, "acceptance_by_position": positions, "stages": stages}
-    tables |= {"checkpoints": run.checkpoints, "while_learning": run.while_learning}
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {
+        "results": results,
+        "acceptance_by_position": positions,
+        "comparison": comparison,
+        "checkpoints": run.checkpoints,
+        "while_learning": run.while_learning,
+        "stages": stages,
+    }
     for name, rows in tables.items():
         if rows:
             _write_csv(folder / f"{name}.csv", rows)
@@ -167,7 +201,7 @@ def write_csvs(folder: Path, run: RunDirectory) -> None:
 def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     flat = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row))
-    columns.sort(key=lambda key: _KEY.index(key) if key in _KEY else len(_KEY))
+    columns.sort(key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()

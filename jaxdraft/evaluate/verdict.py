@@ -49,11 +49,11 @@ def summarise(run: RunDirectory) -> Summary:
     return Summary(best, baseline, [sentence for sentence in sentences if sentence], _figures(run, best))
 
 
-def number(value: float | None) -> str:
-    """``value`` with three or more significant digits; a dash for None."""
+def number(value: float | None, digits: int = 2) -> str:
+    """``value`` with three or more significant digits, ``digits`` after the point below 100; a dash for None."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.{digits}f}"
 
 
 def count(value: float | None) -> str:
