@@ -490,3 +490,35 @@ def test_sigterm_exits_with_75_and_the_rest_is_done_by_the_same_command(tiny_run
     assert process.wait() == 75
     assert start(workdir).wait() == 0
     assert hashes(workdir) == hashes(tiny_run)
+
+
+OWN = """
+from dataclasses import dataclass
+import jax.numpy as jnp
+from jaxdraft.losses import Loss, log_probs
+
+@dataclass(frozen=True)
+class Own(Loss):
+    skew: float = 0.5
+
+    def rows(self, draft_logits_CV, target, labels_C):
+        p_CV = jnp.exp(log_probs(draft_logits_CV, self.temperature))
+        loss_C = jnp.sum((p_CV - jnp.exp(target.log_probs(self.temperature))) ** 2, axis=-1)
+        return self.skew * loss_C, {"squares": loss_C}
+
+@dataclass(frozen=True)
+class Flat(Loss):
+    def rows(self, draft_logits_CV, target, labels_C):
+        return jnp.sum(draft_logits_CV)
+"""
+
+
+def test_a_loss_of_ones_own_from_the_command_line(copy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_losses.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["run", TINY, "--workdir", str(copy), "--only", "distill", "--set"]
+    assert main([*arguments, "distill.loss=own_losses:Flat"]) == 2
+    assert "distill: loss Flat.rows: one number per position, (12,); got ()" in capsys.readouterr().err
+    assert main([*arguments, "distill.loss=own_losses:Own", "--set", "distill.loss.skew=0.25"]) == 0
+    for line in read_jsonl(copy / "distill" / "metrics.jsonl"):
+        np.testing.assert_allclose(line["loss"], 0.25 * line["squares"], rtol=1e-6)

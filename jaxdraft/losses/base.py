@@ -155,6 +155,8 @@ def resolve(name: str, kind: type = Loss) -> type:
         raise ConfigError(
             f"{what} {name!r}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?"
         ) from error
+    except Exception as error:
+        raise ConfigError(f"{what} {name!r}: {module_name!r} fails with {type(error).__name__}: {error}") from error
     found = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)}
     found.pop(kind.__name__, None)
     if attribute not in found:

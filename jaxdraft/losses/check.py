@@ -24,14 +24,24 @@ _CASES = (
 )
 
 
-@functools.cache
 def check_loss(loss: Loss) -> None:
     """Computes value and gradient where draft and target differ, are equal, and hardly overlap.
 
     Raises:
-      ConfigError: ``rows`` fails, gives other than one number per position, or a value or gradient that is not
-        finite; the message says which, and where.
+      ConfigError: the loss is not hashable, ``rows`` fails, gives other than one number per position, or a value or
+        gradient that is not finite; the message says which, and where.
     """
+    try:
+        hash(loss)
+    except TypeError as error:
+        raise ConfigError(
+            f"loss {type(loss).__name__}: {error}: a loss is a @dataclass(frozen=True), with tuples in place of lists"
+        ) from None
+    _try(loss)
+
+
+@functools.cache
+def _try(loss: Loss) -> None:
     name = type(loss).__name__
     draft_CV, target_CV = _logits()
     labels_C = jnp.arange(len(draft_CV)) % _TOKENS

@@ -1,6 +1,6 @@
 """A mistake in a user's loss is told apart and in words, before a run begins."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -85,6 +85,18 @@ class Singular(Loss):
 def test_each_mistake_by_its_name(loss, message):
     with pytest.raises(ConfigError, match=message):
         check_loss(loss)
+
+
+@dataclass(frozen=True)
+class Listed(Loss):
+    shares: list = field(default_factory=list)
+
+
+def test_a_loss_has_to_be_hashable():
+    with pytest.raises(
+        ConfigError, match=r"loss Listed: unhashable type: 'list': a loss is a @dataclass\(frozen=True\)"
+    ):
+        check_loss(Listed())
 
 
 @dataclass(frozen=True)

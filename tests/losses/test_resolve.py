@@ -29,3 +29,20 @@ def test_weights_are_found_the_same_way():
 def test_unknown_names(name, message):
     with pytest.raises(ConfigError, match=message):
         resolve(name)
+
+
+def test_a_module_that_fails(tmp_path, monkeypatch):
+    (tmp_path / "thawed_losses.py").write_text(THAWED)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="'thawed_losses' fails with TypeError: cannot inherit non-frozen dataclass"):
+        resolve("thawed_losses:Thawed")
+
+
+THAWED = """
+from dataclasses import dataclass
+from jaxdraft.losses import Loss
+
+@dataclass
+class Thawed(Loss):
+    pass
+"""
