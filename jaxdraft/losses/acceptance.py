@@ -10,13 +10,14 @@ import jax.numpy as jnp
 def overlap(log_p_CV: jax.Array, log_q_CV: jax.Array) -> jax.Array:
     """Σ_v min(p_v, q_v) = 1 − TVD(p, q), ``[C]``: the probability that a token drawn from p is accepted.
 
-    Leviathan et al., arXiv 2211.17192, Corollary 3.6.
+    Leviathan et al., arXiv 2211.17192, Corollary 3.6. (The minimum before the exponential: one of these for each token
+    where the metrics of a chunk would take two.)
 
     Args:
       log_p_CV: log-probabilities of the draft.
       log_q_CV: log-probabilities of the target.
     """
-    return jnp.sum(jnp.minimum(jnp.exp(log_p_CV), jnp.exp(log_q_CV)), axis=-1)
+    return jnp.sum(jnp.exp(jnp.minimum(log_p_CV, log_q_CV)), axis=-1)
 
 
 def agreement(
