@@ -147,11 +147,15 @@ def per_position(
 
     @jax.checkpoint
     def values(head_DR, hidden_CD, positions):
-        logits_CR, target, labels_C, keys_C = _seen(loss, hidden_CD, head_DR.astype(hidden_CD.dtype), positions, shared)
+        counts_C = positions.weights_N != 0
+        logits_CR = _matmul(hidden_CD, head_DR.astype(hidden_CD.dtype))
+        # Where the loss is not finite its gradient times 0 would be no number.
+        logits_CR = jnp.where(counts_C[:, None], logits_CR, jax.lax.stop_gradient(logits_CR))
+        logits_CR, target, labels_C, keys_C = _compared(loss, logits_CR, positions, shared)
         loss_C, logged = loss.logged_rows(logits_CR, target, labels_C, keys_C, shared.means)
         log_prob_C = label_log_prob(log_probs(logits_CR, loss.temperature), labels_C)
         logged = {**logged, **_metrics(loss, logits_CR, target), "log_prob": log_prob_C}
-        counts = lambda x_C: jnp.where(positions.weights_N != 0, x_C, 0)
+        counts = lambda x_C: jnp.where(counts_C, x_C, 0)
         return counts(loss_C), jax.tree.map(lambda x_C: counts(jax.lax.stop_gradient(x_C)), logged)
 
     head_DR = draft_head_DR + _zero_like_rows(positions.labels_N, draft_head_DR.dtype)

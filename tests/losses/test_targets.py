@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.losses import KL, TVD, DenseTarget, Positions, Shared, TVDPlusPlus, bucketed, chunked, log_probs
+from jaxdraft.losses import (
+    KL,
+    TVD,
+    DenseTarget,
+    Positions,
+    ReverseKL,
+    Shared,
+    TVDPlusPlus,
+    bucketed,
+    chunked,
+    log_probs,
+    per_position,
+)
 from tests.losses.test_losses import every_loss, softmax, value_and_grad
 
 N, D, V, K = 40, 8, 30, 6
@@ -130,6 +142,20 @@ def test_chunked_equals_full_logits_with_garbage_where_nothing_counts(loss, draf
     for x, y in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
     assert set(output.metrics) == {"acceptance_low", "acceptance_high", "agreement"}
+
+
+def test_both_forms_agree_where_a_segment_ends():
+    hidden_ND, head_DV, target_NV, labels_N = (np.asarray(x, np.float32) for x in example())
+    labels_N = labels_N.astype(np.int32)
+    ids_NK, log_q_NS = stored(softmax(target_NV, 1.0), labels_N, K)
+    ends_N = np.arange(N) % 5 == 4
+    log_q_NS[ends_N, K] = -np.inf  # no label: ReverseKL is infinite, and counts nothing
+    positions = Positions(labels_N, np.where(ends_N, 0, 1).astype(np.float32), stored=(ids_NK, log_q_NS))
+    once = lambda *inputs: chunked(ReverseKL(), *inputs, positions, Shared(), 16).sum
+    each = lambda *inputs: per_position(ReverseKL(), *inputs, positions, Shared(), 16)[0].sum()
+    found, expected = (jax.jit(jax.value_and_grad(form, (0, 1)))(hidden_ND, head_DV) for form in (each, once))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
 
 @pytest.mark.parametrize("k", [2, 8, 20])
