@@ -21,6 +21,10 @@ from jaxdraft.errors import ConfigError
 Rows = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
 
 
+class ShapeError(ValueError):
+    """A loss that does not return one number per position."""
+
+
 class Weights:
     """A function of what every position of a batch looks like that says how much each of them counts.
 
@@ -116,7 +120,7 @@ class Loss:
         """``rows``, given what this loss takes, as a pair of the loss and what it logs.
 
         Raises:
-          ValueError: it does not return one number per position.
+          ShapeError: it does not return one number per position.
         """
         extras: dict[str, Any] = {"keys_C": keys_C} if self.draws else {}
         if self.has_statistics:
@@ -126,7 +130,7 @@ class Loss:
         for name, value_C in {"rows": loss_C, **logged}.items():
             if jnp.shape(value_C) != labels_C.shape:
                 what = f"{type(self).__name__}.{name}"
-                raise ValueError(f"{what}: one number per position, {labels_C.shape}; got {jnp.shape(value_C)}")
+                raise ShapeError(f"{what}: one number per position, {labels_C.shape}; got {jnp.shape(value_C)}")
         return loss_C, logged
 
     def batch_statistics(

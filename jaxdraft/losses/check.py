@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.losses.base import Loss
+from jaxdraft.losses.base import Loss, ShapeError
 from jaxdraft.losses.targets import DenseTarget
 
 _ROWS, _TOKENS = 4, 11
@@ -57,10 +57,10 @@ def _try(loss: Loss) -> None:
 
     try:
         loss_C, grad_CV = map(np.asarray, value_and_gradient(draft_CV, target_CV))
-    except ValueError as error:  # of logged_rows: the shape
-        raise ConfigError(f"loss {error.args[0].splitlines()[0]}") from error
+    except ShapeError as error:
+        raise ConfigError(f"loss {error}") from error
     except Exception as error:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        what = _said(error)
         raise ConfigError(f"loss {name}: rows failed on a batch of {draft_CV.shape} logits with {what}") from error
     for i, (where, remedy) in enumerate(_CASES):
         case = slice(i * _ROWS, (i + 1) * _ROWS)
@@ -81,12 +81,16 @@ def _check_weights(loss: Loss) -> None:
     try:
         weights_BT = np.asarray(loss.weights(values, counts_BT))
     except Exception as error:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        what = _said(error)
         raise ConfigError(f"loss {name} failed on {sorted(values)} of shape {counts_BT.shape} with {what}") from error
     if weights_BT.shape != counts_BT.shape:
         raise ConfigError(f"loss {name}: one weight per position, {counts_BT.shape}; got {weights_BT.shape}")
     if not (np.isfinite(weights_BT).all() and (weights_BT >= 0).all()) or weights_BT[np.asarray(counts_BT) == 0].any():
         raise ConfigError(f"loss {name}: weights are finite, not negative, and 0 where a position does not count")
+
+
+def _said(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _logits() -> tuple[np.ndarray, np.ndarray]:

@@ -40,6 +40,18 @@ class Misspelt(Loss):
 
 
 @dataclass(frozen=True)
+class Mismatched(Loss):
+    def rows(self, draft_logits_CV, target, labels_C):
+        return jnp.sum(draft_logits_CV + jnp.ones(7), axis=-1)
+
+
+@dataclass(frozen=True)
+class Wordless(Loss):
+    def rows(self, draft_logits_CV, target, labels_C):
+        raise ValueError
+
+
+@dataclass(frozen=True)
 class Underflowing(Loss):
     """0 · log 0 where a probability is smaller than the smallest float."""
 
@@ -73,6 +85,8 @@ class Singular(Loss):
         (Averaged(), r"loss Averaged\.rows: one number per position, \(12,\); got \(\)"),
         (Misshapen(), r"loss Misshapen\.extra: one number per position, \(12,\); got \(12, 11\)"),
         (Misspelt(), r"loss Misspelt: rows failed .* AttributeError: .*'log_prob'"),
+        (Mismatched(), r"loss Mismatched: rows failed .* with (Value|Type)Error: .*\(12, 11\)"),
+        (Wordless(), r"loss Wordless: rows failed .* with ValueError$"),
         (Underflowing(), r"loss Underflowing: its .* is not finite where draft and target hardly overlap"),
         (Infinite(), r"loss Infinite: its value is not finite on random logits"),
         (
