@@ -13,6 +13,9 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.losses.base import Loss, ShapeError
 from jaxdraft.losses.targets import DenseTarget
 
+# What lines of metrics, and the values that weights see, hold already.
+TAKEN = {"step", "loss", "grad_norm", "learning_rate", "tokens", "weight", "log_prob", "reference_loss"}
+TAKEN |= {"acceptance", "acceptance_low", "acceptance_high", "agreement"}
 _ROWS, _TOKENS = 4, 11
 _CASES = (
     ("on random logits", ""),
@@ -47,12 +50,16 @@ def _try(loss: Loss) -> None:
     labels_C = jnp.arange(len(draft_CV)) % _TOKENS
     keys_C = jax.random.split(jax.random.key(0), len(draft_CV)) if loss.draws else None
 
+    logs: set[str] = set()
+
     @jax.jit
     def value_and_gradient(draft_CV: jax.Array, target_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
         target = DenseTarget(target_CV) if loss.needs_target else None
         found = loss.batch_statistics(draft_CV, target, labels_C, keys_C)
         means = jax.tree.map(lambda x_C: jax.lax.stop_gradient(jnp.mean(x_C)), found)
-        loss_C, pullback = jax.vjp(lambda x: loss.logged_rows(x, target, labels_C, keys_C, means)[0], draft_CV)
+        rows = lambda x: loss.logged_rows(x, target, labels_C, keys_C, means)
+        loss_C, pullback, logged = jax.vjp(rows, draft_CV, has_aux=True)
+        logs.update(logged)
         return loss_C, pullback(jnp.ones_like(loss_C))[0]
 
     try:
@@ -62,6 +69,8 @@ def _try(loss: Loss) -> None:
     except Exception as error:
         what = _said(error)
         raise ConfigError(f"loss {name}: rows failed on a batch of {draft_CV.shape} logits with {what}") from error
+    if taken := sorted(logs & TAKEN):
+        raise ConfigError(f"loss {name}: {taken[0]!r} is logged of every loss: log yours under another name")
     for i, (where, remedy) in enumerate(_CASES):
         case = slice(i * _ROWS, (i + 1) * _ROWS)
         if not np.isfinite(loss_C[case]).all():
@@ -69,15 +78,17 @@ def _try(loss: Loss) -> None:
         if not np.isfinite(grad_CV[case]).all():
             raise ConfigError(f"loss {name}: its gradient is not finite {where}, though its value is{remedy}")
     if loss.weights is not None:
-        _check_weights(loss)
+        _check_weights(loss, logs)
 
 
-def _check_weights(loss: Loss) -> None:
+def _check_weights(loss: Loss, logs: set[str]) -> None:
     name = f"{type(loss).__name__}.weights ({type(loss.weights).__name__})"
     counts_BT = jnp.asarray(np.arange(2 * _TOKENS).reshape(2, _TOKENS) % 5 > 0, jnp.float32)
-    keys = ("loss", "log_prob", *(("acceptance",) if loss.needs_target else ()), "reference_loss")
-    values = {key: (-counts_BT if key == "log_prob" else counts_BT / (2 + i)) for i, key in enumerate(keys)}
     assert loss.weights is not None
+    with_target = ("acceptance", "agreement") if loss.needs_target else ()
+    with_reference = ("reference_loss",) if loss.weights.needs_reference else ()
+    keys = ("loss", "log_prob", *with_target, *sorted(logs), *with_reference)
+    values = {key: (-counts_BT if key == "log_prob" else counts_BT / (2 + i)) for i, key in enumerate(keys)}
     try:
         weights_BT = np.asarray(loss.weights(values, counts_BT))
     except Exception as error:

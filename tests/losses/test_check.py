@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.losses import DPACE, KL, AdaSPEC, Loss, Weights, check_loss, log_probs
+from jaxdraft.losses import DPACE, KL, AdaSPEC, LKHybrid, Loss, Weights, check_loss, log_probs
 from tests.losses.test_losses import every_loss
 
 
@@ -52,6 +52,12 @@ class Wordless(Loss):
 
 
 @dataclass(frozen=True)
+class Renamed(Loss):
+    def rows(self, draft_logits_CV, target, labels_C):
+        return jnp.sum(draft_logits_CV, axis=-1), {"step": draft_logits_CV[:, 0]}
+
+
+@dataclass(frozen=True)
 class Underflowing(Loss):
     """0 · log 0 where a probability is smaller than the smallest float."""
 
@@ -87,6 +93,7 @@ class Singular(Loss):
         (Misspelt(), r"loss Misspelt: rows failed .* AttributeError: .*'log_prob'"),
         (Mismatched(), r"loss Mismatched: rows failed .* with (Value|Type)Error: .*\(12, 11\)"),
         (Wordless(), r"loss Wordless: rows failed .* with ValueError$"),
+        (Renamed(), r"loss Renamed: 'step' is logged of every loss"),
         (Underflowing(), r"loss Underflowing: its .* is not finite where draft and target hardly overlap"),
         (Infinite(), r"loss Infinite: its value is not finite on random logits"),
         (
@@ -131,11 +138,28 @@ class Unknown(Weights):
         return values["entropy"]
 
 
+@dataclass(frozen=True)
+class Observant(Weights):
+    def __call__(self, values, weights_BT):
+        return weights_BT * values["TVD"] * (1 - values["agreement"])
+
+
+@dataclass(frozen=True)
+class Undeclared(Weights):
+    def __call__(self, values, weights_BT):
+        return weights_BT * values["reference_loss"]
+
+
+def test_weights_see_all_that_is_logged():
+    check_loss(LKHybrid(weights=Observant()))
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
         (Negative(), r"KL\.weights \(Negative\): weights are finite, not negative, and 0 where a position does not"),
         (Pooled(), r"KL\.weights \(Pooled\): one weight per position, \(2, 11\); got \(2,\)"),
+        (Undeclared(), r"KL\.weights \(Undeclared\) failed on .* KeyError: 'reference_loss'"),
         (Unknown(), r"KL\.weights \(Unknown\) failed on .*'log_prob'.* KeyError: 'entropy'"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Weights) else "",
