@@ -285,7 +285,7 @@ def _check_losses(recipe: Recipe) -> None:
     for stage in recipe.stages:
         if isinstance(stage, Train):
             try:
-                check_loss(stage.loss)
+                check_loss(stage.loss, stage.target_logits == "stored")
             except ConfigError as error:
                 raise ConfigError(f"{stage.name}: {error}") from error
 

@@ -57,8 +57,8 @@ class Loss:
             skew: float = 0.1
 
             def rows(self, draft_logits_CV, target, labels_C):
-                log_p_CV = log_probs(draft_logits_CV, self.temperature)
-                log_q_CV = target.log_probs(self.temperature)
+                both = log_probs(draft_logits_CV, self.temperature), target.log_probs(self.temperature)
+                log_p_CV, log_q_CV = (jnp.maximum(x_CV, -1e9) for x_CV in both)  # −inf is what neither can say
                 log_mixed_CV = jnp.logaddexp(math.log(self.skew) + log_q_CV, math.log1p(-self.skew) + log_p_CV)
                 return jnp.sum(jnp.exp(log_q_CV) * (log_q_CV - log_mixed_CV), axis=-1)
 

@@ -24,11 +24,19 @@ _CASES = (
         "where draft and target hardly overlap",
         "; probabilities underflow: stay with log_probs, or guard 0 · log 0",
     ),
+    (
+        "where neither draft nor target can say a token (log-probabilities of −inf), as it is with stored targets",
+        "; bound them from below: jnp.maximum(log_q_CV, -1e9)",
+    ),
 )
 
 
-def check_loss(loss: Loss) -> None:
+def check_loss(loss: Loss, stored: bool = False) -> None:
     """Computes value and gradient where draft and target differ, are equal, and hardly overlap.
+
+    Args:
+      loss: the loss.
+      stored: whether it is to be computed from stored targets, where columns may be −inf for both.
 
     Raises:
       ConfigError: the loss is not hashable, ``rows`` fails, gives other than one number per position, or a value or
@@ -40,13 +48,15 @@ def check_loss(loss: Loss) -> None:
         raise ConfigError(
             f"loss {type(loss).__name__}: {error}: a loss is a @dataclass(frozen=True), with tuples in place of lists"
         ) from None
-    _try(loss)
+    _try(loss, stored)
 
 
 @functools.cache
-def _try(loss: Loss) -> None:
+def _try(loss: Loss, stored: bool) -> None:
     name = type(loss).__name__
     draft_CV, target_CV = _logits()
+    cases = _CASES if stored else _CASES[:-1]
+    draft_CV, target_CV = (x[: len(cases) * _ROWS] for x in (draft_CV, target_CV))
     labels_C = jnp.arange(len(draft_CV)) % _TOKENS
     keys_C = jax.random.split(jax.random.key(0), len(draft_CV)) if loss.draws else None
 
@@ -71,7 +81,7 @@ def _try(loss: Loss) -> None:
         raise ConfigError(f"loss {name}: rows failed on a batch of {draft_CV.shape} logits with {what}") from error
     if taken := sorted(logs & TAKEN):
         raise ConfigError(f"loss {name}: {taken[0]!r} is logged of every loss: log yours under another name")
-    for i, (where, remedy) in enumerate(_CASES):
+    for i, (where, remedy) in enumerate(cases):
         case = slice(i * _ROWS, (i + 1) * _ROWS)
         if not np.isfinite(loss_C[case]).all():
             raise ConfigError(f"loss {name}: its value is not finite {where}: {loss_C[case]}{remedy}")
@@ -109,4 +119,8 @@ def _logits() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     draft, target = rng.standard_normal((2, _ROWS, _TOKENS), dtype=np.float32)
     side = np.where(np.arange(_TOKENS) % 2, 100, -100).astype(np.float32)
-    return np.concatenate([draft, draft, draft + side]), np.concatenate([target, draft, target - side])
+    absent = np.where(np.arange(_TOKENS) < _TOKENS - 2, 0, -np.inf).astype(np.float32)
+    return (
+        np.concatenate([draft, draft, draft + side, draft + absent]),
+        np.concatenate([target, draft, target - side, target + absent]),
+    )

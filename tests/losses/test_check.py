@@ -13,7 +13,7 @@ from tests.losses.test_losses import every_loss
 
 @every_loss
 def test_ours_pass(loss):
-    check_loss(loss)
+    check_loss(loss, stored=True)
 
 
 @pytest.mark.parametrize("weights", [DPACE(), AdaSPEC()], ids=lambda weights: type(weights).__name__)
@@ -106,6 +106,21 @@ class Singular(Loss):
 def test_each_mistake_by_its_name(loss, message):
     with pytest.raises(ConfigError, match=message):
         check_loss(loss)
+
+
+@dataclass(frozen=True)
+class Mixed(Loss):
+    """The gradient of logaddexp(−∞, −∞) is no number."""
+
+    def rows(self, draft_logits_CV, target, labels_C):
+        log_p_CV, log_q_CV = log_probs(draft_logits_CV, self.temperature), target.log_probs(self.temperature)
+        return jnp.sum(jnp.exp(log_q_CV) * (log_q_CV - jnp.logaddexp(log_p_CV, log_q_CV)), axis=-1)
+
+
+def test_a_loss_that_stored_targets_would_break():
+    check_loss(Mixed())
+    with pytest.raises(ConfigError, match=r"Mixed: its value is not finite where neither .* stored targets"):
+        check_loss(Mixed(), stored=True)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_the_example_is_a_loss_that_trains(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     loss = resolve("my_losses:SkewKL")(temperature=0.8, skew=0.25)
-    check_loss(loss)
+    check_loss(loss, stored=True)
 
     rng = np.random.default_rng(0)
     hidden_ND, head_DV, target_ND = (rng.standard_normal(s, np.float32) for s in ((40, 8), (8, 30), (40, 8)))
