@@ -41,9 +41,10 @@ class TVDPlusPlus(Loss):
     """TVD++ in expectation over the vocabulary, the advantage normalised at each position.
 
     Gradient: −p (r − A) / max(√(A(1 − A)), 10⁻³). It is the gradient of ``TVD`` over σ taken as a constant; above the
-    floor it is also that of −2 arcsin √A with r held. Its L1 norm is 2√(A(1 − A)) ≤ 1, more than TVD's
-    2A(1 − A). That of −log α is larger still where the acceptance rate α is below √(A(1 − A)), so never above ½. The floor keeps it finite, and 0, at p = q. Source: eq. (1) of arXiv 2403.00858 with the sign of
-    its Lemma 1, μ and σ taken over the vocabulary at each position. Cost: as ``TVD``.
+    floor it is also that of −2 arcsin √A with r held. Its L1 norm is 2√(A(1 − A)) ≤ 1, more than TVD's 2A(1 − A). That
+    of −log α is larger still where the acceptance rate α is below √(A(1 − A)), so never above ½. The floor keeps it
+    finite, and 0, at p = q. Source: eq. (1) of arXiv 2403.00858 with the sign of its Lemma 1, μ and σ taken over the
+    vocabulary at each position. Cost: as ``TVD``.
 
     Use it to distil a pretrained draft for speculative sampling: it still moves where TVD's gradient has faded.
     """
