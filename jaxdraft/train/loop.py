@@ -134,8 +134,9 @@ class _Log:
         self._metrics.write(step, values)
         self._timing.write(step, {"seconds": round(seconds, 6), "tokens_per_second": round(rate, 1)})
         shown = {"loss": f"{values['loss']:.3f}", "tok/s": f"{rate:,.0f}"}
-        if acceptance := values.get("acceptance", values.get("acceptance_low")):
-            shown["acceptance"] = f"{acceptance:.3f}"
+        for name, sign in {"acceptance": "", "acceptance_low": "≥ "}.items():
+            if name in values:
+                shown["acceptance"] = f"{sign}{values[name]:.3f}"
         self._bar.set_postfix(shown | self._shown, refresh=False)
         self._bar.update(1)
         self._pending = None
