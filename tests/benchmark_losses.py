@@ -122,7 +122,7 @@ def compare_losses(names, vocabulary, rounds, with_naive):
 
 
 TARGET = ModelConfig(
-    vocab_size=32000, hidden_size=512, intermediate_size=1536, num_layers=6, num_heads=8, num_kv_heads=8
+    vocab_size=32000, hidden_size=512, intermediate_size=1536, num_layers=10, num_heads=8, num_kv_heads=8
 )
 DRAFT = dataclasses.replace(TARGET, hidden_size=384, intermediate_size=1024, num_layers=2, num_heads=6, num_kv_heads=6)
 OPTIMIZER = OptimizerSettings(steps=100, learning_rate=1e-4)
