@@ -76,7 +76,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     stored = stage.keep_logits and target_logits(stage.name, stage.keep_logits, context)
     if stored:
         tokens = sum(len(question.prompt.tokens) + stage.max_new_tokens for question in questions)
-        check_space(stage.name, tokens, stored, context, at_most=True)
+        check_space(stage.name, tokens, stored, context, packed=False)
     shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
     paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
     models: dict[str, Model] = {}

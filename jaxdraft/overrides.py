@@ -113,10 +113,10 @@ def _coerce(text: str, hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         if text.lower() in ("none", "null") and type(None) in args:
             return None
-        # A string can be anything: whatever else the type allows is tried first.
-        for option in sorted((a for a in args if a is not type(None)), key=lambda a: a is str):
+        # A string can be anything: whatever else the type allows is tried first, but for what would take a string too.
+        for option in sorted((a for a in args if a is not type(None)), key=lambda a: (_is_settings(a), a is str)):
             try:
-                return _coerce(text, option)
+                return _by_first_field(text, option) if _is_settings(option) else _coerce(text, option)
             except (ValueError, SyntaxError):
                 continue
         raise ValueError(text)
@@ -132,6 +132,15 @@ def _coerce(text: str, hint: Any) -> Any:
     if (origin or hint) in (tuple, list, dict):
         return _literal(text, origin or hint, args)
     return _refuse(text)
+
+
+def _by_first_field(text: str, kind: Any) -> Any:
+    first = dataclasses.fields(kind)[0].name
+    return kind(**{first: _coerce(text, typing.get_type_hints(kind)[first])})
+
+
+def _is_settings(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _literal(text: str, kind: type, args: tuple[Any, ...]) -> Any:

@@ -136,7 +136,8 @@ class Recipe:
         if not stage.probe_block_sizes:
             return None
         named = map(self.stage, stage.shares if stage.probe is None else (stage.probe,))
-        return next((other for other in named if isinstance(other, Generate)), None)
+        made = (self.stage(other.data) if isinstance(other, Score) else other for other in named)
+        return next((other for other in made if isinstance(other, Generate)), None)
 
     def uses_target(self, stage: Stage) -> bool:
         """Whether a stage reads the target's weights: also one that only has its block efficiency measured."""

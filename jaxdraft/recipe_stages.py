@@ -109,7 +109,7 @@ class Train(OptimizerSettings, Stage):
       probe: the Generate stage on whose answers block efficiency is measured while this one learns, exact and without
         decoding: held-out prompts at the temperatures that will be evaluated. ``None`` takes the first Generate stage
         in ``data``, which is training text, and measures nothing where there is none. Only what the target wrote
-        counts.
+        counts. The target reads it once, also where its logits are stored.
       probe_every: steps between these measurements, one before the first step and one after the last apart; ``None``
         is a tenth of ``steps``.
       probe_limit: answers of each temperature that are measured, the first ones.

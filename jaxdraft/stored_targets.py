@@ -37,7 +37,7 @@ def target_logits(name: str, keep: TopK, context: Context) -> dict[str, Any]:
     return {"k": keep.k, "temperature": keep.temperature, "target": context.target_hash, "vocabulary": vocabulary}
 
 
-def check_space(name: str, tokens: int, stored: Mapping[str, Any], context: Context, *, at_most: bool = False) -> None:
+def check_space(name: str, tokens: int, stored: Mapping[str, Any], context: Context, *, packed: bool = True) -> None:
     """Says how much the rows of this many tokens will take.
 
     Raises:
@@ -45,7 +45,7 @@ def check_space(name: str, tokens: int, stored: Mapping[str, Any], context: Cont
     """
     width = sum(column.bytes for column in columns(context.tokenizer.vocab_size, stored).values())
     needed, free = tokens * width, shutil.disk_usage(context.workdir).free
-    bound = "at most " if at_most else ""
+    bound = "" if packed else "about "  # answers end early, and rows are filled up with padding
     size = f"{bound}{_size(needed)} of rows ({tokens:,} tokens × {width} bytes), {_size(free)} free"
     if needed > free:
         raise ConfigError(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.losses import KL, TVDPlusPlus
-from jaxdraft.recipe import HFModel
+from jaxdraft.losses import DPACE, KL, TVDPlusPlus
+from jaxdraft.recipe import HFModel, Score, TopK, Train
 from jaxdraft.recipe_file import CONFIGS, find_recipe, load_recipe
 from jaxdraft.settings import to_json
 
@@ -30,6 +30,7 @@ def setting(assignment, name):
         ("distill.loss.temperature=0.5", "loss", TVDPlusPlus(temperature=0.5)),
         ("distill.data={'responses': 0.4, 'corpus': 0.6}", "data", {"responses": 0.4, "corpus": 0.6}),
         ("distill.data=corpus", "data", "corpus"),
+        ("distill.loss.weights=DPACE", "loss", TVDPlusPlus(weights=DPACE())),
     ],
 )
 def test_overrides_land_typed_where_they_belong(assignment, name, value):
@@ -58,6 +59,21 @@ def test_arguments_fields_and_nested_values_can_be_set():
     assert tasks[1].max_new_tokens == 5
     assert tasks[0].prompts.limit == 2
     assert recipe.stage("evaluate").block_sizes == (3, 5)
+
+
+def test_settings_that_may_be_none_by_their_first_field():
+    recipe = load_recipe(TINY, ["responses.keep_logits=8", "responses.keep_logits.temperature=0.5"])
+    assert recipe.stage("responses").keep_logits == TopK(8, 0.5)
+    assert load_recipe(TINY, ["responses.keep_logits=none"]).stage("responses").keep_logits is None
+
+
+def test_block_efficiency_is_measured_on_the_answers_behind_a_score():
+    recipe = load_recipe(TINY, [])
+    responses = recipe.stage("responses")
+    scored = Score("scored", data="responses", keep_logits=TopK(4))
+    learner = Train("learner", data="scored", loss=KL(), target_logits="stored", steps=1, batch_size=2)
+    recipe = dataclasses.replace(recipe, stages=(*recipe.stages, scored, learner))
+    assert recipe.probe(learner) == responses
 
 
 @pytest.mark.parametrize(

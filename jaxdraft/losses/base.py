@@ -9,6 +9,7 @@ Shapes: B batch, T positions of a row, C positions of a chunk, V columns of the 
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -78,7 +79,7 @@ class Loss:
     draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"{type(self).__name__}: temperature must be positive, got {self.temperature}")
 
     def rows(self, draft_logits_CV: jax.Array, target: Any, labels_C: jax.Array) -> Rows:

@@ -68,7 +68,8 @@ class Mixture(Loss):
     """Σ_i w_i L_i, a weighted sum of losses, each term logged by its own name and without its weight.
 
     Gradient: the weighted sum. Source: FastDraft (arXiv 2411.11055, §4.2, strategies 3 and 4): 0.5 CE + 0.5 KL or TVD.
-    Each term has its own temperature; ``temperature`` here is that of the logged acceptance. Cost: the terms'.
+    Each term has its own temperature; ``temperature`` here, one of them, is that of the logged acceptance. Cost: the
+    terms'.
 
     Use ``Mixture(terms=((1.0, TVD()), (0.1, KL())))`` to train with TVD from scratch: the KL moves the draft where the
     TVD's gradient has vanished.
@@ -83,6 +84,12 @@ class Mixture(Loss):
         super().__post_init__()
         if not self.terms:
             raise ConfigError("Mixture: give terms, such as ((0.5, CrossEntropy()), (0.5, KL()))")
+        own = {loss.temperature for _, loss in self.terms}
+        if self.temperature not in own:
+            raise ConfigError(
+                f"Mixture: temperature is {self.temperature:g}, which only the logged acceptance would have: its terms "
+                f"have {', '.join(f'{t:g}' for t in sorted(own))}; give the mixture one of these, or change the terms'"
+            )
         if weighted := [loss for _, loss in self.terms if loss.weights is not None]:
             raise ConfigError(f"Mixture: {type(weighted[0]).__name__} has weights of its own; give them to the mixture")
 

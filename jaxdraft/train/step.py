@@ -92,7 +92,8 @@ def build_step(
                 tokens = jnp.maximum(found.pop("tokens"), 1.0)
                 means = {name: value / tokens for name, value in found.items()}
             (total, sums), grads = _accumulated(gradient, batch, accumulate)
-        tokens, weight = sums.pop("tokens"), jnp.maximum(sums.pop("weight"), 1e-6)
+        tokens, weight = sums.pop("tokens"), sums.pop("weight")
+        weight = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = {

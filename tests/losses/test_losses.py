@@ -292,7 +292,7 @@ def test_agreement_is_the_same_top_token():
     np.testing.assert_array_equal(agreement(tied_CV, jnp.array([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]])), [1, 0])
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ConfigError, match="TVDPlusPlus: temperature must be positive"):
         TVDPlusPlus(temperature=temperature)
@@ -311,6 +311,7 @@ def test_agreement_with_a_draft_vocabulary_needs_the_targets_first_token_in_it()
         (lambda: JSD(beta=1.0), "JSD: beta must lie between 0 and 1"),
         (lambda: LKHybrid(eta=-1.0), "LKHybrid: eta must not be negative"),
         (Mixture, "Mixture: give terms"),
+        (lambda: Mixture(0.6, terms=((1.0, TVD()),)), r"Mixture: temperature is 0\.6, .* its terms have 1"),
     ],
 )
 def test_settings_that_make_no_loss(make, message):
