@@ -1,9 +1,10 @@
 """The engine: any loss, value and gradient, without holding every position's logits.
 
-Hidden states are multiplied with the output heads a few positions at a time, so that neither model's ``[N, V]`` logits
-ever exist. There are two forms. ``chunked`` returns the sum of a loss: it asks for the gradient on the spot and keeps
-only sums. ``per_position`` returns the loss at every position, for any reduction of them, and computes the logits again
-in the backward pass.
+Hidden states are multiplied with the output heads a chunk of positions at a time, so that neither model's ``[N, V]``
+logits ever exist. On a CPU the loss takes a chunk's logits in pieces of a few positions, so that what it computes from
+them stays in the caches. There are two forms. ``chunked`` returns the sum of a loss: it asks for the gradient on the
+spot and keeps only sums. ``per_position`` returns the loss at every position, for any reduction of them, and computes
+the logits again in the backward pass.
 
 Shapes: N positions of a batch, C positions of a chunk, V vocabulary, R draft vocabulary, K stored tokens, S = K + 2,
 D and E hidden size of draft and target.
@@ -100,7 +101,7 @@ def chunked(
       positions: labels, weights and target of each position. A loss that needs no target still reports ``acceptance``
         and ``agreement`` when it is given one.
       shared: what all positions share.
-      chunk: positions whose logits are held at once; ``None`` takes ``default_chunk(V)``.
+      chunk: positions that are multiplied with the heads at once; ``None`` takes ``default_chunk(V)``.
 
     Raises:
       ConfigError: the loss needs a target and none was given.
@@ -147,11 +148,14 @@ def per_position(
 
     @jax.checkpoint
     def values(head_DR, hidden_CD, positions):
+        head_DR = head_DR.astype(hidden_CD.dtype)
+        return _in_pieces(rows_of, *_products(hidden_CD, head_DR, positions, shared))
+
+    def rows_of(logits_CR, target_logits_CV, positions):
         counts_C = positions.weights_N != 0
-        logits_CR = _matmul(hidden_CD, head_DR.astype(hidden_CD.dtype))
         # Where the loss is not finite its gradient times 0 would be no number.
         logits_CR = jnp.where(counts_C[:, None], logits_CR, jax.lax.stop_gradient(logits_CR))
-        logits_CR, target, labels_C, keys_C = _compared(loss, logits_CR, positions, shared)
+        logits_CR, target, labels_C, keys_C = _seen(loss, logits_CR, target_logits_CV, positions, shared)
         loss_C, logged = loss.logged_rows(logits_CR, target, labels_C, keys_C, shared.means)
         log_prob_C = label_log_prob(log_probs(logits_CR, loss.temperature), labels_C)
         logged = {**logged, **_metrics(loss, logits_CR, target), "log_prob": log_prob_C}
@@ -175,27 +179,34 @@ def batch_statistics(
     """Weighted sums of a loss's statistics, without gradients: divided by the global weight they are its ``means``."""
     size, shared = _checked(loss, draft_hidden_ND, draft_head_DR, positions, shared, chunk)
 
+    def values(logits_CR, target_logits_CV, positions):
+        weights_C = positions.weights_N
+        found = loss.batch_statistics(*_seen(loss, logits_CR, target_logits_CV, positions, shared))
+        return {name: jnp.where(weights_C != 0, x_C, 0) * weights_C for name, x_C in found.items()}
+
     def add(_, rows):
         hidden_CD, positions = rows
-        seen = _seen(loss, hidden_CD, draft_head_DR.astype(hidden_CD.dtype), positions, shared)
-        weights_C = positions.weights_N
-        found = loss.batch_statistics(*seen)
-        return None, {name: jnp.where(weights_C != 0, x_C, 0) * weights_C for name, x_C in found.items()}
+        head_DR = draft_head_DR.astype(hidden_CD.dtype)
+        return None, _in_pieces(values, *_products(hidden_CD, head_DR, positions, shared))
 
     rows = jax.tree.map(lambda x: _split(x, size), (jax.lax.stop_gradient(draft_hidden_ND), positions))
     return jax.tree.map(jnp.sum, jax.lax.scan(add, None, rows)[1])
 
 
 def default_chunk(vocabulary: int) -> int:
-    """Positions per chunk: 2 MiB of float32 logits on a CPU, whose caches hold that, and at least 64; 128 MiB and at
-    least 128 elsewhere.
+    """Positions per chunk, at least 128: 2 MiB of float32 logits on a CPU, 128 MiB elsewhere.
 
     Every chunk reads the head twice and its gradient once and writes it once, about 2/C bytes for each floating-point
-    operation: accelerators need some 500 positions before the products dominate. A loss may hold eight times a chunk's
-    logits, which with 64 positions is what the head's gradient takes at a hidden size of 512.
+    operation: a CPU is a sixth slower with 64 positions, accelerators need some 500 before the products dominate.
     """
-    budget, least = (2 * 2**20, 64) if jax.default_backend() == "cpu" else (128 * 2**20, 128)
-    return max(least, budget // (4 * vocabulary))
+    return max(128, (2 if jax.default_backend() == "cpu" else 128) * 2**20 // (4 * vocabulary))
+
+
+def default_piece(vocabulary: int) -> int:
+    """Positions whose logits a loss takes at once: 1 MiB of float32 logits and at least 8 on a CPU, elsewhere a whole
+    default chunk's. A loss may hold ten times what it takes.
+    """
+    return max(8, 2**20 // (4 * vocabulary)) if jax.default_backend() == "cpu" else default_chunk(vocabulary)
 
 
 def _checked(loss, hidden_ND, head_DR, positions, shared, chunk) -> tuple[int, Shared]:
@@ -234,21 +245,37 @@ def _check_means(loss, shared):
         raise ValueError(f"{type(loss).__name__} needs means over the batch: those of batch_statistics / weight")
 
 
-def _seen(loss, hidden_CD, head_DR, positions, shared):
-    """(draft logits, target, labels, keys) of a chunk, as a loss's rows take them."""
-    return _compared(loss, _matmul(hidden_CD, head_DR), positions, shared)
+def _products(hidden_CD, head_DR, positions, shared):
+    """(draft logits, target logits or None, positions without hidden states) of a chunk."""
+    target_logits_CV = None
+    if positions.target_hidden_NE is not None:
+        target_logits_CV = _matmul(positions.target_hidden_NE, shared.target_head_EV)
+    return _matmul(hidden_CD, head_DR), target_logits_CV, positions._replace(target_hidden_NE=None)
 
 
-def _compared(loss, logits_CR, positions, shared):
-    labels_C, _, target_hidden_CE, stored, draw_ids_C = positions
+def _in_pieces(function, logits_CR, target_logits_CV, positions):
+    """A function of rows of a chunk, a piece of them after another; differentiated, it is computed again."""
+    rows = logits_CR, target_logits_CV, positions
+    count, vocabulary = (logits_CR if target_logits_CV is None else target_logits_CV).shape
+    largest = default_piece(vocabulary)
+    if count <= largest:
+        return function(*rows)
+    pieces = jax.tree.map(lambda x: _split(x, _chunk_size(count, largest)), rows)
+    found = jax.lax.map(lambda piece: jax.checkpoint(function)(*piece), pieces)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+
+
+def _seen(loss, logits_CR, target_logits_CV, positions, shared):
+    """(draft logits, target, labels, keys) of rows, as a loss takes them."""
+    labels_C, _, _, stored, draw_ids_C = positions
     draft_ids_R = shared.draft_ids_R
     target: Target | None = None
     if stored is not None:
         ids_CK, log_q_CS = stored
         logits_CR, target, labels_C = bucketed(logits_CR, labels_C, ids_CK, log_q_CS, loss.temperature, draft_ids_R)
     else:
-        if target_hidden_CE is not None:
-            target = DenseTarget(_matmul(target_hidden_CE, shared.target_head_EV), draft_ids_R)
+        if target_logits_CV is not None:
+            target = DenseTarget(target_logits_CV, draft_ids_R)
         if draft_ids_R is not None:
             labels_C = places(labels_C, draft_ids_R)
     keys_C = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(shared.key, draw_ids_C) if loss.draws else None
@@ -276,27 +303,34 @@ def _scan(loss, chunk, hidden_ND, head_DR, positions, shared, differentiate):
     """((sum, metrics), (hidden gradient, head gradient) or None), one chunk of rows after another."""
     compute_head_DR = head_DR.astype(hidden_ND.dtype)
 
-    def step(head_grad_DR, rows):
-        hidden_CD, positions = rows
+    def values(logits_CR, target_logits_CV, positions):
         weights_C = positions.weights_N
         counts_C = weights_C != 0
 
         def weighted(logits_CR):
-            seen_CV, target, labels_C, keys_C = _compared(loss, logits_CR, positions, shared)
+            seen_CV, target, labels_C, keys_C = _seen(loss, logits_CR, target_logits_CV, positions, shared)
             loss_C, logged = loss.logged_rows(seen_CV, target, labels_C, keys_C, shared.means)
             logged = {**logged, **_metrics(loss, seen_CV, target)}
             return jnp.where(counts_C, loss_C, 0) * weights_C, logged
 
-        logits_CR = _matmul(hidden_CD, compute_head_DR)
+        grad_CR = None
         if differentiate:
             loss_C, pullback, logged = jax.vjp(weighted, logits_CR, has_aux=True)
             (grad_CR,) = pullback(jnp.ones_like(loss_C))
-            grad_CR = jnp.where(counts_C[:, None], grad_CR, 0).astype(hidden_CD.dtype)
+            grad_CR = jnp.where(counts_C[:, None], grad_CR, 0).astype(hidden_ND.dtype)
+        else:
+            loss_C, logged = weighted(logits_CR)
+        logged = {name: jnp.where(counts_C, value_C, 0) * weights_C for name, value_C in logged.items()}
+        return loss_C, logged, grad_CR
+
+    def step(head_grad_DR, rows):
+        hidden_CD, positions = rows
+        products = _products(hidden_CD, compute_head_DR, positions, shared)
+        loss_C, logged, grad_CR = _in_pieces(values, *products)
+        hidden_grad_CD = None
+        if differentiate:
             hidden_grad_CD = _matmul(grad_CR, compute_head_DR.T).astype(hidden_CD.dtype)
             head_grad_DR += _matmul(hidden_CD.T, grad_CR)
-        else:
-            (loss_C, logged), hidden_grad_CD = weighted(logits_CR), None
-        logged = {name: jnp.where(counts_C, value_C, 0) * weights_C for name, value_C in logged.items()}
         return head_grad_DR, (loss_C, logged, hidden_grad_CD)
 
     rows = jax.tree.map(lambda x: _split(x, chunk), (hidden_ND, positions))

@@ -15,6 +15,7 @@ import pytest
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.losses import (
+    DPACE,
     KL,
     TVD,
     CrossEntropy,
@@ -23,9 +24,13 @@ from jaxdraft.losses import (
     Positions,
     Shared,
     TVDPlusPlus,
+    TVDPlusPlusGlobal,
     agreement,
+    batch_statistics,
+    engine,
     log_probs,
     overlap,
+    per_position,
 )
 from jaxdraft.losses import chunked as chunked_positions
 
@@ -129,6 +134,31 @@ def test_values_alone_are_the_same():
 def test_any_chunk_gives_the_same(chunk):
     arrays = example()
     assert_close(chunked_value_and_grad(KL(), chunk, *arrays), chunked_value_and_grad(KL(), 72, *arrays))
+
+
+@pytest.mark.parametrize("piece", [8, 40])
+@pytest.mark.parametrize("loss", [KL(weights=DPACE()), TVDPlusPlusGlobal()], ids=["per position", "summed"])
+def test_any_piece_of_a_chunk_gives_the_same(loss, piece, monkeypatch):
+    hidden_ND, head_DV, labels_N, weights_N, target_hidden_NE, target_head_EV = example()
+    positions = Positions(labels_N, weights_N, target_hidden_NE)
+
+    def total(hidden_ND, head_DV):
+        shared, chunk = Shared(target_head_EV), 72
+        if loss.weights is not None:
+            loss_N, logged = per_position(loss, hidden_ND, head_DV, positions, shared, chunk)
+            return jnp.sum(loss_N**2), logged
+        found = batch_statistics(loss, hidden_ND, head_DV, positions, shared, chunk)
+        shared = shared._replace(means=jax.tree.map(lambda x: x / weights_N.sum(), found))
+        output = chunked_positions(loss, hidden_ND, head_DV, positions, shared, chunk)
+        return output.sum, (output, found)
+
+    # A new function each time: JAX keeps what it has traced.
+    run = lambda: jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))(hidden_ND, head_DV)
+    whole = run()
+    sizes = []
+    monkeypatch.setattr(engine, "default_piece", lambda vocabulary: sizes.append(vocabulary) or piece)
+    assert_close(run(), whole)
+    assert set(sizes) == {V}
 
 
 def test_the_gradient_follows_what_is_done_with_the_sum():
