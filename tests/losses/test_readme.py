@@ -14,7 +14,7 @@ from jaxdraft.losses import Loss, Positions, Shared, check_loss, chunked, resolv
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SECTION = README.split("## Losses")[1].split("\n## ")[0]
-LINES = re.findall(r"^\| `.*$", SECTION, re.M)
+LINES = re.findall(r"^\| `.*$", SECTION.split("\n### ")[0], re.M)
 ROWS = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in LINES]
 OURS = {name: kind for name, kind in vars(losses).items() if isinstance(kind, type) and issubclass(kind, Loss)}
 
