@@ -10,7 +10,7 @@ over prompts and seeds.
 
 The draft's default shape (41,632 parameters with a vocabulary of 512) fits Karpathy's stories260K. For the
 character-level target of a million parameters of the README: ``--set draft.hidden_size=48 --set
-draft.intermediate_size=128 --set steps=100``. Each took a bit more than an hour on one core.
+draft.intermediate_size=128 --set steps=100``. Each takes about an hour on one core.
 """
 
 from jaxdraft.data.passages import Beginnings, Passages

@@ -96,6 +96,8 @@ def _read(change: Change, hint: Any) -> Any:
             return _made(change, resolve(change.text, kind))
     try:
         return _coerce(change.text, hint)
+    except ConfigError as error:
+        raise change.wrong(str(error)) from None
     except (ValueError, SyntaxError):
         wanted = getattr(hint, "__name__", str(hint))
         raise change.wrong(f"cannot read {change.text!r} as {wanted}") from None
@@ -117,6 +119,8 @@ def _coerce(text: str, hint: Any) -> Any:
         for option in sorted((a for a in args if a is not type(None)), key=lambda a: (_is_settings(a), a is str)):
             try:
                 return _by_first_field(text, option) if _is_settings(option) else _coerce(text, option)
+            except ConfigError:  # read, and refused for what it says
+                raise
             except (ValueError, SyntaxError):
                 continue
         raise ValueError(text)
@@ -135,8 +139,10 @@ def _coerce(text: str, hint: Any) -> Any:
 
 
 def _by_first_field(text: str, kind: Any) -> Any:
-    first = dataclasses.fields(kind)[0].name
-    return kind(**{first: _coerce(text, typing.get_type_hints(kind)[first])})
+    first, *rest = dataclasses.fields(kind)
+    if any(field.default is field.default_factory is dataclasses.MISSING for field in rest):
+        return _refuse(text)
+    return kind(**{first.name: _coerce(text, typing.get_type_hints(kind)[first.name])})
 
 
 def _is_settings(hint: Any) -> bool:

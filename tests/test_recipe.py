@@ -109,6 +109,8 @@ def test_block_efficiency_is_measured_on_the_answers_behind_a_score():
         ("distill.probe=corpus", "no earlier Generate stage 'corpus'"),
         ("target.probe=responses", "no earlier Generate stage 'responses'"),
         ("distill.probe_every=0", "probe_every"),
+        ("distill.model=512", "cannot read '512'"),
+        ("responses.keep_logits=0", "keep_logits=0: TopK: k is 0: it must be at least 1"),
         ("distill.probe_block_sizes=3,0", "probe_block_sizes"),
         ("draft.num_kv_heads=3", "num_heads"),
         ("draft.hidden_size=15", "hidden_size"),

@@ -88,14 +88,16 @@ def _try(loss: Loss, stored: bool) -> None:
         if not np.isfinite(grad_CV[case]).all():
             raise ConfigError(f"loss {name}: its gradient is not finite {where}, though its value is{remedy}")
     if loss.weights is not None:
-        _check_weights(loss, logs)
+        _check_weights(loss, logs, stored)
 
 
-def _check_weights(loss: Loss, logs: set[str]) -> None:
+def _check_weights(loss: Loss, logs: set[str], stored: bool) -> None:
     name = f"{type(loss).__name__}.weights ({type(loss.weights).__name__})"
     counts_BT = jnp.asarray(np.arange(2 * _TOKENS).reshape(2, _TOKENS) % 5 > 0, jnp.float32)
     assert loss.weights is not None
-    with_target = ("acceptance", "agreement") if loss.needs_target else ()
+    with_target: tuple[str, ...] = ("acceptance", "agreement") if loss.needs_target else ()
+    if stored:
+        with_target = ("acceptance_low", "acceptance_high", "agreement")
     with_reference = ("reference_loss",) if loss.weights.needs_reference else ()
     keys = ("loss", "log_prob", *with_target, *sorted(logs), *with_reference)
     values = {key: (-counts_BT if key == "log_prob" else counts_BT / (2 + i)) for i, key in enumerate(keys)}

@@ -206,7 +206,9 @@ def default_piece(vocabulary: int) -> int:
     """Positions whose logits a loss takes at once: 1 MiB of float32 logits and at least 8 on a CPU, elsewhere a whole
     default chunk's. A loss may hold ten times what it takes.
     """
-    return max(8, 2**20 // (4 * vocabulary)) if jax.default_backend() == "cpu" else default_chunk(vocabulary)
+    if jax.default_backend() == "cpu":
+        return max(8, 2**20 // (4 * vocabulary))
+    return -(-default_chunk(vocabulary) // 8) * 8
 
 
 def _checked(loss, hidden_ND, head_DR, positions, shared, chunk) -> tuple[int, Shared]:

@@ -135,7 +135,7 @@ def places(ids: jax.Array, draft_ids_R: jax.Array) -> jax.Array:
 
 def log_sum_exp(x_CV: jax.Array) -> jax.Array:
     """log Σ exp over the last axis; −inf, with gradient 0, where every entry is."""
-    some_C1 = jnp.max(x_CV, axis=-1, keepdims=True) > -jnp.inf
+    some_C1 = jnp.max(x_CV, axis=-1, keepdims=True) != -jnp.inf  # a NaN is some, and stays one
     sum_C = jax.nn.logsumexp(jnp.where(some_C1, x_CV, 0), axis=-1)
     return jnp.where(some_C1[..., 0], sum_C, -jnp.inf)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.losses import DPACE, KL, AdaSPEC, LKHybrid, Loss, Weights, check_loss, log_probs
+from jaxdraft.losses import DPACE, KL, AdaSPEC, CrossEntropy, LKHybrid, Loss, Weights, check_loss, log_probs
 from tests.losses.test_losses import every_loss
 
 
@@ -182,3 +182,15 @@ def test_weights_see_all_that_is_logged():
 def test_mistakes_in_weights(weights, message):
     with pytest.raises(ConfigError, match=message):
         check_loss(KL(weights=weights))
+
+
+@dataclass(frozen=True)
+class Bracketed(Weights):
+    def __call__(self, values, weights_BT):
+        return weights_BT * values["acceptance_low"]
+
+
+def test_weights_see_the_bracket_where_targets_are_stored():
+    check_loss(CrossEntropy(weights=Bracketed()), stored=True)
+    with pytest.raises(ConfigError, match="KeyError: 'acceptance_low'"):
+        check_loss(KL(weights=Bracketed()))
