@@ -76,7 +76,7 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
     with _locked(workdir), _interruptible():
         _check_mesh(recipe)
         _check_starts(context)
-        _check_losses(recipe)
+        _check_losses(context)
         if not _holds(workdir / "recipe.json", _recipe_json(recipe)):
             _write_json(workdir / "recipe.json", _recipe_json(recipe))
         ran, made = False, dict[str, str]()
@@ -280,14 +280,18 @@ def _check_starts(context: Context) -> None:
                 raise ConfigError(f"{stage.name}: init={stage.init!r}: {error}") from None
 
 
-def _check_losses(recipe: Recipe) -> None:
-    """A mistake in a loss is told now, and not when its stage begins."""
-    for stage in recipe.stages:
-        if isinstance(stage, Train):
-            try:
-                check_loss(stage.loss, stage.target_logits == "stored")
-            except ConfigError as error:
-                raise ConfigError(f"{stage.name}: {error}") from error
+def _check_losses(context: Context) -> None:
+    """A mistake in a loss is told now, and not when its stage begins; one that a stage began with was tried then."""
+    for stage in context.recipe.stages:
+        if not isinstance(stage, Train):
+            continue
+        record, settings = _record(context.folder(stage.name)), to_json(stage)
+        if record and all(record["settings"].get(key) == settings[key] for key in ("loss", "target_logits")):
+            continue
+        try:
+            check_loss(stage.loss, stage.target_logits == "stored")
+        except ConfigError as error:
+            raise ConfigError(f"{stage.name}: {error}") from error
 
 
 def _holds(path: Path, value: Any) -> bool:

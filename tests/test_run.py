@@ -26,7 +26,7 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
-from jaxdraft.losses import TVDPlusPlus
+from jaxdraft.losses import KL, TVDPlusPlus
 from jaxdraft.models import Decoder, head_weight, logits
 from jaxdraft.models.hf import load_config, load_model
 from jaxdraft.models.subclone import project_embedding, subclone
@@ -522,3 +522,12 @@ def test_a_loss_of_ones_own_from_the_command_line(copy, tmp_path, monkeypatch, c
     assert main([*arguments, "distill.loss=own_losses:Own", "--set", "distill.loss.skew=0.25"]) == 0
     for line in read_jsonl(copy / "distill" / "metrics.jsonl"):
         np.testing.assert_allclose(line["loss"], 0.25 * line["squares"], rtol=1e-6)
+
+
+def test_a_loss_is_tried_once_and_again_when_it_has_changed(copy, monkeypatch):
+    tried = []
+    monkeypatch.setattr("jaxdraft.run.check_loss", lambda loss, stored: tried.append((loss, stored)))
+    run(load_recipe(TINY, []), copy)
+    assert tried == []
+    run(load_recipe(TINY, ["distill.loss=KL"]), copy, only=["vocabulary"])
+    assert tried == [(KL(), False)]
