@@ -3,20 +3,25 @@
 import dataclasses
 import hashlib
 import json
+import math
 from functools import cached_property
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from jaxdraft.data.records import PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import MODEL
-from jaxdraft.models import ModelConfig
+from jaxdraft.models import ModelConfig, compute_dtype
 from jaxdraft.models.folder import weight_files
 from jaxdraft.models.hf import load_config
 from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe import HFModel, Recipe, Train
+from jaxdraft.sharding import Load
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
 
 VOCABULARY = "draft_vocabulary.json"
+_TRAINED_BYTES = 16  # float32 weights, gradients and two moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,30 @@ class Context:
             path for name in ("config.json", "generation_config.json") if (path := self.target_folder / name).exists()
         ]
         return hashlib.sha256("".join(map(sha256, [*names, *weight_files(self.target_folder)])).encode()).hexdigest()
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The devices as all Train stages of the recipe, and passes over whole texts, use them.
+
+        Raises:
+          ConfigError: the recipe's mesh does not fit the devices, the models or the batches.
+        """
+        trained = [stage for stage in self.recipe.stages if isinstance(stage, Train)]
+        rows = math.gcd(*(stage.batch_size // stage.accumulate for stage in trained)) or None
+        sizes = [(_TRAINED_BYTES * _parameters(stage.model or self.recipe.draft)) for stage in trained]
+        frozen = compute_dtype().itemsize * _parameters(self.target_shape)
+        return self.recipe.mesh.build(Load(frozen + max(sizes, default=0), rows, self._heads))
+
+    @cached_property
+    def decode_mesh(self) -> Mesh:
+        """The same devices as they are used to write text."""
+        bytes = compute_dtype().itemsize * (_parameters(self.target_shape) + _parameters(self.recipe.draft))
+        return self.recipe.mesh.for_decoding(self.mesh, Load(bytes, heads=self._heads))
+
+    @property
+    def _heads(self) -> tuple[int, ...]:
+        own = [stage.model for stage in self.recipe.stages if isinstance(stage, Train) and stage.model]
+        return tuple(shape.num_heads for shape in (self.target_shape, self.recipe.draft, *own))
 
     @property
     def target_shape(self) -> ModelConfig:
@@ -118,6 +147,11 @@ class Context:
             bos_id=tokenizer.bos_id,
             eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         )
+
+
+def _parameters(shape: ModelConfig) -> int:
+    """Of a shape that may wait for its vocabulary, at least so many."""
+    return dataclasses.replace(shape, vocab_size=shape.vocab_size or 1).num_parameters
 
 
 def sha256(path: Path) -> str:

@@ -1,11 +1,19 @@
-"""The only place that builds a mesh, and the rules that lay logical axes onto it."""
+"""The only place that builds a mesh, and the rules that lay logical axes onto it.
+
+Training cuts weights over ``fsdp`` and ``tensor`` and rows over ``data`` and ``fsdp``. Decoding reads every weight for
+every token: there the weights are cut over ``tensor`` alone, so that none has to travel, and rows go over ``data``.
+"""
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdraft.errors import ConfigError
 
@@ -13,53 +21,140 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # The table's embed axis stays whole: sharded on both axes, its gather makes XLA rematerialise the table.
-RULES = (
-    ("batch", BATCH_AXES),
-    ("layers", None),
-    ("norm", None),
-    ("embed", "fsdp"),
-    ("embed_table", None),
-    ("vocab", "tensor"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-)
+RULES: Mapping[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    "batch": BATCH_AXES,
+    "layers": None,
+    "norm": None,
+    "embed": "fsdp",
+    "embed_table": None,
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+CACHE = ("batch", "kv_heads", None, None)  # keys or values of one layer, [B, K, S, H]
+
+# Bytes of devices that do not say how many they have: those that programs are only compiled for, and CPUs.
+_MEMORY = {"TPU v4": 32 * 2**30, "TPU v5": 95 * 2**30, "TPU v6 lite": 32 * 2**30}
+_OTHER_MEMORY = 16 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What the devices have to take.
+
+    Attributes:
+      bytes: of weights, gradients and moments where none of them is cut.
+      rows: of every batch; ``None`` where any number will do.
+      heads: numbers of attention heads, which ``tensor`` has to divide.
+    """
+
+    bytes: int = 0
+    rows: int | None = None
+    heads: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; one of them may be -1, "all that are left".
+    """Devices along each mesh axis; what is ``None`` is chosen to fit the models, the batch and the devices.
 
     Attributes:
-      data: replicas of the parameters, each with its own rows of the batch.
-      fsdp: shards of the parameters, each with its own rows of the batch.
-      tensor: shards of heads, MLP and vocabulary.
+      data: replicas of the parameters, each with its own rows of the batch; slices of a pod go here. Chosen: all that
+        is left, where the models fit into half of a device's memory.
+      fsdp: shards of the parameters, each with its own rows of the batch. Chosen: all that is left, where they do not.
+      tensor: shards of heads, MLP and vocabulary. Chosen: as few as make the rows of a batch divide over the rest.
+      decode_tensor: the same while text is written, when ``fsdp`` is 1. Chosen: as few as the models fit with.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int | None = None
+    fsdp: int | None = None
+    tensor: int | None = None
+    decode_tensor: int | None = None
 
-    def build(self) -> Mesh:
-        """The mesh over all devices.
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ConfigError(f"mesh.{field.name} is {value}: it must be positive, or None for what fits")
+
+    def build(self, load: Load = Load(), devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh for training.
 
         Raises:
-          ConfigError: the axes do not multiply to the number of devices.
+          ConfigError: the axes do not multiply to the number of devices, or the rows do not divide over them.
         """
-        sizes, devices = [self.data, self.fsdp, self.tensor], jax.device_count()
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ConfigError(f"mesh {sizes}: sizes are positive, and one of them may be -1")
-        fixed = -1 * _product(sizes) if -1 in sizes else _product(sizes)
-        if -1 in sizes and devices % fixed == 0:
-            sizes[sizes.index(-1)] = devices // fixed
-        if _product(sizes) != devices:
-            raise ConfigError(f"mesh data×fsdp×tensor = {sizes} does not fit {devices} devices")
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        devices = jax.devices() if devices is None else devices
+        slices = _slices(devices)
+        for tensor in self._tensors("tensor", len(devices) // slices, load):
+            rest = len(devices) // tensor
+            if load.rows is None or load.rows % rest == 0:
+                fits = load.bytes / tensor <= _memory(devices[0]) / 2
+                return _mesh((*self._data_and_fsdp(rest, slices, fits), tensor), devices, slices)
+        raise ConfigError(
+            f"{load.rows} rows per step do not divide over {len(devices)} devices: set batch_size to a multiple, "
+            "mesh.tensor to a number that leaves as many groups of devices as divide them, or let fewer devices be seen"
+        )
+
+    def for_decoding(self, mesh: Mesh, load: Load) -> Mesh:
+        """The devices of the training mesh, in its order, for writing text: ``data`` × 1 × ``tensor``.
+
+        Raises:
+          ConfigError: ``decode_tensor`` does not divide the number of devices.
+        """
+        devices = list(mesh.devices.flat)
+        choices = self._tensors("decode_tensor", len(devices) // _slices(devices), load)
+        fitting = [tensor for tensor in choices if load.bytes / tensor <= _memory(devices[0]) / 2]
+        tensor = fitting[0] if fitting else choices[-1]
+        return Mesh(mesh.devices.reshape(-1, 1, tensor), MESH_AXES, axis_types=mesh.axis_types)
+
+    def _tensors(self, name: str, devices: int, load: Load) -> list[int]:
+        """What the field of that name may be for so many devices, ascending."""
+        fixed = getattr(self, name)
+        choices = range(1, devices + 1) if fixed is None else [fixed]
+        found = [t for t in choices if not any(count % t for count in (devices, *load.heads))]
+        if not found:
+            heads = f" and the numbers of heads, {sorted(set(load.heads))}" if load.heads else ""
+            raise ConfigError(f"mesh.{name} is {fixed}: it must divide {devices} devices{heads}")
+        return found
+
+    def _data_and_fsdp(self, rest: int, slices: int, fits: bool) -> tuple[int, int]:
+        data, fsdp = self.data, self.fsdp
+        if data is None and fsdp is None:
+            data = rest if fits else slices
+        if data is None:
+            data = rest // (fsdp or 1)
+        if fsdp is None:
+            fsdp = rest // data
+        if data * fsdp != rest or data % slices:
+            asked = {name: size for name in MESH_AXES if (size := getattr(self, name)) is not None}
+            several = f" in {slices} slices, which go on data" if slices > 1 else ""
+            raise ConfigError(f"mesh {asked} does not fit {rest} groups of devices{several}")
+        return data, fsdp
 
 
-def param_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """A NamedSharding for every parameter of a tree boxed with logical axes (``models.decoder.init_boxed``)."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+def param_shardings(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
+    """A NamedSharding for every parameter of a tree boxed with logical axes (``models.decoder.init_boxed``).
+
+    An axis that its mesh axis does not divide stays whole: a few key/value heads on many devices.
+    """
+    shapes, axes = nn.unbox(boxed), nn.get_partition_spec(boxed)
+    return jax.tree.map(lambda x, a: NamedSharding(mesh, spec(mesh, a, x.shape)), shapes, axes)
+
+
+def spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """Where the logical axes of an array of this shape lie."""
+    fits = lambda axis, size: axis is not None and size % _ways(mesh, axis) == 0
+    places = [RULES[name] for name in axes]
+    return PartitionSpec(*(axis if fits(axis, size) else None for axis, size in zip(places, shape, strict=True)))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Inside ``jit``, lays ``x`` out over the mesh of ``jax.set_mesh``; without one it is left alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -72,8 +167,49 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _product(sizes: list[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+def mesh_of(params: Any) -> Mesh:
+    """The mesh that parameters lie on; of those on one device, a mesh of that device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return _mesh((1, 1, 1), list(sharding.device_set), 1)
+
+
+def place(mesh: Mesh, tree: Any, *, rows: bool) -> Any:
+    """Fresh global arrays from values that every process has whole: cut by rows where those divide, or replicated."""
+
+    # A copy: a program that the array is donated to would write into the caller's memory.
+    part = lambda x: lambda index: np.array(x[index])
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        cut = rows and x.ndim > 0 and x.shape[0] % _ways(mesh, BATCH_AXES) == 0
+        return jax.make_array_from_callback(x.shape, batch_sharding(mesh) if cut else replicated(mesh), part(x))
+
+    return jax.tree.map(one, tree)
+
+
+def _ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+
+
+def _mesh(sizes: Sequence[int], devices: Sequence[Any], slices: int) -> Mesh:
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+    data, *inside = sizes
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inside), (slices, 1, 1), devices=devices)
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", None) for device in devices})
+
+
+def _memory(device: Any) -> int:
+    """Bytes of a device's memory."""
+    try:
+        stats = device.memory_stats()
+    except jax.errors.JaxRuntimeError:  # a device that programs are only compiled for
+        stats = None
+    return (stats or {}).get("bytes_limit") or _MEMORY.get(device.device_kind, _OTHER_MEMORY)

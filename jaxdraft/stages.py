@@ -57,7 +57,7 @@ CALIBRATION_ROWS = 16
 
 def run_train(stage: Train, context: Context) -> Outputs:
     folder, recipe, seed = context.folder(stage.name), context.recipe, context.seed(stage)
-    mesh = recipe.mesh.build()
+    mesh = context.mesh
     rows = {name: context.rows(name) for name in stage.shares}
     is_stored = stage.target_logits == "stored"
     if is_stored:
@@ -113,7 +113,7 @@ def run_train(stage: Train, context: Context) -> Outputs:
 
 
 def _reference(name: str, config: ModelConfig, context: Context) -> tuple[Decoder, Params]:
-    reference, params = load_model(context.model_folder(name), mesh=context.recipe.mesh.build(), dtype=compute_dtype())
+    reference, params = load_model(context.model_folder(name), mesh=context.mesh, dtype=compute_dtype())
     if (reference.vocabulary, reference.head_ids) != (config.vocabulary, config.head_ids):
         raise ConfigError(f"reference={name!r} does not propose the same tokens as the draft that is trained")
     return Decoder(reference), params
@@ -130,7 +130,7 @@ def _start(
     if stage.draft_vocabulary is not None:
         config = dataclasses.replace(config, head_ids=context.draft_vocabulary(stage.draft_vocabulary))
     if stage.init not in INITS:
-        started, params = load_model(context.model_folder(stage.init), mesh=context.recipe.mesh.build())
+        started, params = load_model(context.model_folder(stage.init), mesh=context.mesh)
         if _shape(started) != _shape(config):
             raise ConfigError(f"{stage.name}: init={stage.init!r} is a model of another shape than is trained here")
         return dataclasses.replace(config, head_ids=config.head_ids or started.head_ids), params
@@ -224,7 +224,7 @@ def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: E
     train_stage = context.recipe.stage(name)
     assert isinstance(train_stage, Train)
     config = load_config(context.model_folder(name))
-    shardings = state_shardings(config, train_stage, context.recipe.mesh.build())
+    shardings = state_shardings(config, train_stage, context.mesh)
     lines = []
     with Checkpoints(context.folder(name) / "checkpoints", train_stage.keep_every) as checkpoints:
         kept = (train_stage.steps, *range(0, train_stage.steps, train_stage.keep_every or train_stage.steps))

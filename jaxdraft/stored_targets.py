@@ -73,7 +73,7 @@ def scored(
     Raises:
       FloatingPointError: the target gave logits that are not finite.
     """
-    mesh = context.recipe.mesh.build()
+    mesh = context.mesh
     config, params = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype())
     config.check_target()
     devices = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jaxdraft.losses import KL, CrossEntropy, DenseTarget, TVDPlusPlus, bucketed, log_probs
 from jaxdraft.losses.divergences import label_log_prob
 from jaxdraft.models import Decoder, ModelConfig, head_weight, init_params, logits
-from jaxdraft.sharding import MeshShape, param_shardings
+from jaxdraft.models.decoder import model_shardings
+from jaxdraft.sharding import MeshShape
 from jaxdraft.train import OptimizerSettings
 from jaxdraft.train.state import create_state, state_shardings
 from jaxdraft.train.step import Work, build_step
@@ -132,9 +133,8 @@ def step_program(loss, params, target_params, batch):
     """A compiled train step as a function without arguments that trains on from its own state."""
     mesh = MeshShape().build()
     shardings = state_shardings(DRAFT, OPTIMIZER, mesh)
-    boxed = jax.eval_shape(lambda: init_params(TARGET, jax.random.key(0)))
     frozen = {"target": Decoder(TARGET)} if loss.needs_target else {}
-    frozen_shardings = {name: param_shardings(mesh, boxed) for name in frozen}
+    frozen_shardings = {name: model_shardings(TARGET, mesh) for name in frozen}
     step = build_step(Decoder(DRAFT), frozen, loss, OPTIMIZER, mesh, shardings, frozen_shardings)
     state = create_state(OPTIMIZER, jax.tree.map(jnp.copy, params), shardings)
 

@@ -15,11 +15,12 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"distributed", "sharding", "tokenizers", "tracking"}
+BASE = {"backend", "distributed", "sharding", "tokenizers", "tracking"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "train"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
+    "backend": set(),
     "distributed": set(),
     "sharding": {"distributed"},
     "tokenizers": set(),
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "tracking": {"distributed"},
     "checkpoint": {"distributed", "sharding"},
     "data": {"tokenizers"},
-    "losses": set(),
+    "losses": {"backend"},
     "models": BASE,
     "decode": BASE | {"models"},
     "train": BASE | {"checkpoint", "data", "losses", "models"},

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxdraft.backend import platform
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
-from jaxdraft.sharding import BATCH_AXES, RULES
+from jaxdraft.sharding import BATCH_AXES
 
 
 class TopScores(NamedTuple):
@@ -55,7 +55,7 @@ def top_scores(
       temperature: of the softmax.
       mesh: the devices.
     """
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh):
         return _top_scores(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh)
 
 
@@ -103,5 +103,5 @@ def _chunked(x: jax.Array, chunk: int) -> jax.Array:
 
 def _chunk(vocabulary: int) -> int:
     """Positions whose logits are held at once: 2 MiB of float32 on a CPU, whose caches hold that, 128 MiB elsewhere."""
-    budget = (2 if jax.default_backend() == "cpu" else 128) * 2**20
+    budget = (2 if platform() == "cpu" else 128) * 2**20
     return max(128, budget // (4 * vocabulary))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdraft.backend import platform
 from jaxdraft.errors import ConfigError
 from jaxdraft.losses.acceptance import agreement, overlap
 from jaxdraft.losses.base import Loss
@@ -199,14 +200,14 @@ def default_chunk(vocabulary: int) -> int:
     Every chunk reads the head twice and its gradient once and writes it once, about 2/C bytes for each floating-point
     operation: a CPU is a sixth slower with 64 positions, accelerators need some 500 before the products dominate.
     """
-    return max(128, (2 if jax.default_backend() == "cpu" else 128) * 2**20 // (4 * vocabulary))
+    return max(128, (2 if platform() == "cpu" else 128) * 2**20 // (4 * vocabulary))
 
 
 def default_piece(vocabulary: int) -> int:
     """Positions whose logits a loss takes at once: 1 MiB of float32 logits and at least 8 on a CPU, elsewhere a whole
     default chunk's. A loss may hold ten times what it takes.
     """
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return max(8, 2**20 // (4 * vocabulary))
     return -(-default_chunk(vocabulary) // 8) * 8
 

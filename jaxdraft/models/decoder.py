@@ -15,17 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import AbstractMesh, Mesh
 
+from jaxdraft.backend import platform
 from jaxdraft.models.cache import KVCache, attend, slots, write
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.rope import rope_angles, rotate
+from jaxdraft.sharding import constrain, param_shardings
 
 Params = Mapping[str, Any]
 
 
 def compute_dtype() -> jnp.dtype:
     """bfloat16 on accelerators; float32 on CPU, where one-row bfloat16 matmuls run at a tenth of the speed."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
 
 
 class Block(nn.Module):
@@ -60,7 +63,7 @@ class Block(nn.Module):
         up_BTF = jnp.einsum("btd,df->btf", h_BTD, self._weight("w_up", (D, F), ("embed", "mlp")))
         w_down = self._weight("w_down", (F, D), ("mlp", "embed"))
         x_BTD += jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, w_down)
-        return nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache
+        return constrain(x_BTD, ("batch", None, None)), cache
 
     def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any = None) -> jax.Array:
         init = init or (nn.initializers.ones if len(shape) == 1 else _matrix_init(self.config, name))
@@ -121,7 +124,7 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             head_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
             self.param("head", head_init, (c.hidden_size, c.vocabulary), jnp.float32)
-        x_BTD = nn.with_logical_constraint(jnp.take(table, tokens_BT, axis=0).astype(dtype), ("batch", None, None))
+        x_BTD = constrain(jnp.take(table, tokens_BT, axis=0).astype(dtype), ("batch", None, None))
         long_B = long_B if cache is None else cache.long_B
         cos, sin = rope_angles(positions_BT, c.head_size, c.rope_theta, c.rope_scaling, c.max_positions, long_B)
         if cache is None:
@@ -176,6 +179,11 @@ def init_boxed(config: ModelConfig, key: jax.Array, scan: bool = True) -> Any:
     """Parameters boxed with their logical axes, as ``sharding.param_shardings`` wants them."""
     one = jnp.zeros((1, 1), jnp.int32)
     return Decoder(config, dtype=jnp.float32, scan=scan).init(key, one, one)["params"]
+
+
+def model_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, scan: bool = True) -> Any:
+    """A NamedSharding for every parameter, of stacked layers or of ``layers_0``, ``layers_1``, …"""
+    return param_shardings(mesh, jax.eval_shape(lambda: init_boxed(config, jax.random.key(0), scan)))
 
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:

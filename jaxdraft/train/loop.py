@@ -14,8 +14,8 @@ from jaxdraft.checkpoint import Checkpoints
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.losses import Loss
 from jaxdraft.models import Decoder
-from jaxdraft.models.decoder import Params, init_boxed
-from jaxdraft.sharding import batch_sharding, param_shardings
+from jaxdraft.models.decoder import Params, model_shardings
+from jaxdraft.sharding import batch_sharding
 from jaxdraft.tracking import StepLog, progress_bar
 from jaxdraft.train.state import OptimizerSettings, abstract_state, create_state, state_shardings
 from jaxdraft.train.step import build_step
@@ -60,7 +60,7 @@ def train(
     """
     shardings = state_shardings(draft.config, optimizer, mesh)
     models = {name: model for name, (model, _) in (frozen or {}).items()}
-    frozen_shardings = {name: _param_shardings(model, mesh) for name, model in models.items()}
+    frozen_shardings = {name: model_shardings(model.config, mesh) for name, model in models.items()}
     frozen_params = {
         name: jax.device_put(weights, frozen_shardings[name]) for name, (_, weights) in (frozen or {}).items()
     }
@@ -87,10 +87,6 @@ def train(
         checkpoints.wait()
         log.close()
     return state.params
-
-
-def _param_shardings(model: Decoder, mesh: Mesh) -> Any:
-    return param_shardings(mesh, jax.eval_shape(lambda: init_boxed(model.config, jax.random.key(0))))
 
 
 def _place(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

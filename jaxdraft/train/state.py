@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig
-from jaxdraft.models.decoder import Params, init_boxed, init_params
-from jaxdraft.sharding import param_shardings, replicated
+from jaxdraft.models.decoder import Params, init_params, model_shardings
+from jaxdraft.sharding import replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,7 @@ class TrainState(struct.PyTreeNode):
 
 def state_shardings(config: ModelConfig, optimizer: OptimizerSettings, mesh: Mesh) -> TrainState:
     """A NamedSharding for every leaf of the state: moments lie where their parameters lie."""
-    boxed = jax.eval_shape(lambda: init_boxed(config, jax.random.key(0)))
-    params = param_shardings(mesh, boxed)
+    params = model_shardings(config, mesh)
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     tx = optimizer.build()
     opt_state = optax.tree.map_params(

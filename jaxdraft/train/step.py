@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdraft.losses import Loss, Positions, Shared, batch_statistics, chunked, weighted
 from jaxdraft.models import Decoder, head_weight
 from jaxdraft.models.decoder import Params
-from jaxdraft.sharding import BATCH_AXES, RULES, batch_sharding, replicated
+from jaxdraft.sharding import BATCH_AXES, batch_sharding, replicated
 from jaxdraft.train.state import OptimizerSettings, TrainState
 
 Batch = dict[str, jax.Array]
@@ -86,12 +85,11 @@ def build_step(
 
             return jax.value_and_grad(sums, has_aux=True)(state.params)
 
-        with nn.logical_axis_rules(RULES):
-            if loss.has_statistics:
-                found = _accumulated(statistics, batch, accumulate)
-                tokens = jnp.maximum(found.pop("tokens"), 1.0)
-                means = {name: value / tokens for name, value in found.items()}
-            (total, sums), grads = _accumulated(gradient, batch, accumulate)
+        if loss.has_statistics:
+            found = _accumulated(statistics, batch, accumulate)
+            tokens = jnp.maximum(found.pop("tokens"), 1.0)
+            means = {name: value / tokens for name, value in found.items()}
+        (total, sums), grads = _accumulated(gradient, batch, accumulate)
         tokens, weight = sums.pop("tokens"), sums.pop("weight")
         weight = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)

@@ -24,7 +24,8 @@ from jaxdraft.losses import (
     engine,
 )
 from jaxdraft.models import Decoder, ModelConfig, init_params
-from jaxdraft.sharding import MeshShape, batch_sharding, param_shardings, replicated
+from jaxdraft.models.decoder import model_shardings
+from jaxdraft.sharding import MeshShape, batch_sharding, replicated
 from jaxdraft.train import OptimizerSettings
 from jaxdraft.train.state import create_state, state_shardings
 from jaxdraft.train.step import Work, build_step, next_tokens
@@ -104,10 +105,7 @@ def steps(name, mesh):
     params = lambda config, seed: jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(seed)))
     frozen = {model: params(configs[model], seed) for seed, model in enumerate(models(name), 1)}
     shardings = state_shardings(DRAFT, OPTIMIZER, mesh)
-    frozen_shardings = {
-        model: param_shardings(mesh, jax.eval_shape(lambda model=model: init_params(configs[model], jax.random.key(0))))
-        for model in frozen
-    }
+    frozen_shardings = {model: model_shardings(configs[model], mesh) for model in frozen}
     rows = batch()
     if name == "stored":
         rows["target_ids"], rows["target_log_probs"] = stored(rows["tokens"])

@@ -12,7 +12,8 @@ import pytest
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.losses import KL, TVD, CrossEntropy, TVDPlusPlus
 from jaxdraft.models import Decoder, ModelConfig, head_weight, init_params, logits
-from jaxdraft.sharding import MeshShape, param_shardings
+from jaxdraft.models.decoder import model_shardings
+from jaxdraft.sharding import MeshShape
 from jaxdraft.train import OptimizerSettings, train
 from jaxdraft.train.state import create_state, state_shardings
 from jaxdraft.train.step import build_step, next_tokens
@@ -53,8 +54,7 @@ def models():
 def one_step(mesh, models, loss, accumulate=1, draft=DRAFT):
     shardings = state_shardings(draft, OPTIMIZER, mesh)
     frozen = {"target": Decoder(TARGET)} if loss.needs_target else {}
-    boxed = jax.eval_shape(lambda: init_params(TARGET, jax.random.key(0)))
-    frozen_shardings = {name: param_shardings(mesh, boxed) for name in frozen}
+    frozen_shardings = {name: model_shardings(TARGET, mesh) for name in frozen}
     step = build_step(Decoder(draft), frozen, loss, OPTIMIZER, mesh, shardings, frozen_shardings, accumulate)
     state = create_state(OPTIMIZER, jax.tree.map(jnp.copy, models[0]), shardings)
     return step(state, dict.fromkeys(frozen, models[1]), jax.tree.map(jnp.asarray, RandomRows()[0]))
@@ -212,7 +212,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path, mesh, models):
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="does not fit 1 devices"):
+    with pytest.raises(ConfigError, match="does not fit 1 groups"):
         MeshShape(data=2, fsdp=2).build()
-    with pytest.raises(ConfigError, match="one of them may be -1"):
-        MeshShape(data=-1, fsdp=-1).build()
+    with pytest.raises(ConfigError, match=r"mesh\.tensor is 2: it must divide 1 devices"):
+        MeshShape(tensor=2).build()
+    with pytest.raises(ConfigError, match=r"mesh\.data is 0"):
+        MeshShape(data=0)
