@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxdraft.distributed import fetch, on_all, on_lead
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,11 +72,13 @@ class Checkpoints:
           OSError: there are checkpoints, but none passes.
         """
         failures: dict[int, str] = {}
-        for step in reversed(self.steps):
+        for step in reversed(on_lead(lambda: self.steps)):
             try:
-                state = self.restore(abstract_state, step)
+                state, failure = self.restore(abstract_state, step), ""
             except Exception as error:  # orbax raises many kinds for a damaged file
-                failures[step] = f"step {step}: {str(error).splitlines()[0]}"
+                state, failure = None, str(error).splitlines()[0]
+            if found := on_all(failure):  # a process reads its own parts only
+                failures[step] = f"step {step}: {found[0]}"
                 logger.warning("checkpoint skipped, %s", failures[step])
                 continue
             for damaged in failures:  # orbax saves nothing before its newest step, so they have to go
@@ -92,7 +96,7 @@ def _leaf_sums(leaves: list[jax.Array]) -> jax.Array:
 
 def fingerprint(tree: Any) -> np.ndarray:
     """One modular uint32 sum of position-weighted words per leaf: the same under every sharding, changed by any bit."""
-    return np.asarray(_leaf_sums(jax.tree.leaves(tree)))
+    return fetch(_leaf_sums(jax.tree.leaves(tree)))
 
 
 def _words(leaf: jax.Array) -> jax.Array:

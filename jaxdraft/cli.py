@@ -145,6 +145,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.distributed import initialize
     from jaxdraft.recipe_file import load_recipe
     from jaxdraft.run import plan_all, run
 
@@ -155,6 +156,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             if options.dry_run and plan.state != "done":
                 print(f"    {plan.stage}")
         return
+    initialize()
     report = run(recipe, options.workdir, options.only, command)
     if report is not None:
         print(report)

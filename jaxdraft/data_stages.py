@@ -17,6 +17,7 @@ from jaxdraft.data.pipeline import pack_concatenate, pack_whole
 from jaxdraft.data.prompts import Prompt, example_id
 from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.decode import generate_batches
+from jaxdraft.distributed import is_lead, on_lead
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.recipe import TARGET, DraftVocabulary, Generate, Prepare, Score, TrainTokenizer
@@ -80,14 +81,17 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
     paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
     models: dict[str, Model] = {}
+    done = on_lead(lambda: [path.exists() for path in paths])
     with progress_bar(len(questions), stage.name, "answer") as bar:
-        for path, shard in zip(paths, shards, strict=True):
-            if path.exists():
+        for path, shard, is_done in zip(paths, shards, done, strict=True):
+            if is_done:
                 bar.update(len(shard))
                 continue
-            write_jsonl(path, _answers(stage, context, models, shard, bar.update))
+            answers = _answers(stage, context, models, shard, bar.update)
+            if is_lead():
+                write_jsonl(path, answers)
     models.clear()  # the scoring pass loads the target in the shape for training
-    lines = [line for path in paths for line in read_jsonl(path)]
+    lines = [line for path in paths for line in read_jsonl(path)] if is_lead() else []
 
     def examples() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         for line in lines:
@@ -97,6 +101,9 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     counts: collections.Counter[str] = collections.Counter()
     packed = pack_whole(examples(), stage.length, counts)
     rows = scored(stage.name, packed, stored, context) if stored else packed
+    if not is_lead():
+        collections.deque(rows, maxlen=0)  # takes part in the scoring, and writes nothing
+        return [], {}
     source = {"target": to_json(context.recipe.target)} if stage.uses_target else {}
     if stage.writer != TARGET:
         source["writer"] = stage.writer
@@ -114,6 +121,9 @@ def run_score(stage: Score, context: Context) -> Outputs:
     check_space(stage.name, len(rows) * rows.length, stored, context)
     source, counts = rows.manifest["source"]["settings"], rows.manifest["counts"]
     found = scored(stage.name, (rows[i] for i in range(len(rows))), stored, context, len(rows))
+    if not is_lead():
+        collections.deque(found, maxlen=0)  # takes part, and writes nothing
+        return [], {}
     return _write_rows(stage.name, found, rows.length, source, counts, context, stored)
 
 
@@ -174,7 +184,8 @@ def _answers(stage, context, models: dict[str, Model], shard: list[_Question], a
         if not places:
             continue
         if writer not in models:
-            models[writer] = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer))
+            folder = context.target_folder if writer == TARGET else context.model_folder(writer)
+            models[writer] = Model.load(folder, context.decode_mesh)
         model, own = models[writer], [shard[i] for i in places]
         for batch in generate_batches(
             model.decoder,

@@ -20,12 +20,13 @@ import jax
 
 from jaxdraft import __version__
 from jaxdraft.context import Context, sha256
+from jaxdraft.distributed import is_lead, on_lead
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
-from jaxdraft.stages import EXECUTE, external_inputs
+from jaxdraft.stages import EXECUTE, ON_DEVICES, external_inputs
 from jaxdraft.tracking import say
 
 SUPERSEDED = "superseded"
@@ -71,17 +72,13 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
     """
     for name in only:
         recipe.stage(name)
-    workdir.mkdir(parents=True, exist_ok=True)
     context = Context(recipe, workdir)
-    with _locked(workdir), _interruptible():
+    with contextlib.ExitStack() as held, _interruptible():
+        on_lead(lambda: _begin(context, held))
         _ = context.mesh  # one that does not fit is told now
-        _check_starts(context)
-        _check_losses(context)
-        if not _holds(workdir / "recipe.json", _recipe_json(recipe)):
-            _write_json(workdir / "recipe.json", _recipe_json(recipe))
         ran, made = False, dict[str, str]()
         for number, stage in enumerate(recipe.stages, start=1):
-            plan = plan_stage(stage, context, made)
+            plan = _shared_plan(stage, context, made)
             banner = f"[{number}/{len(recipe.stages)}] {stage.name} ({type(stage).__name__})"
             if plan.state == "done":
                 made[stage.name] = plan.output
@@ -92,13 +89,29 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
                 raise ConfigError(f"{stage.name}: {plan.reason}; add it to --only")
             else:
                 say(f"{banner}: {plan.reason}")
-                if not ran:
-                    _write_json(workdir / "run.json", _run_json(recipe, command))
+                if not ran and is_lead():
+                    _write_json(workdir / "run.json", _run_json(context, command))
                 made[stage.name] = _execute(plan, context)
                 ran = True
-        if ran:
-            _write_json(workdir / "run.json", {**_run_json(recipe, command), "outputs": made})
-        return _report(context)
+        if ran and is_lead():
+            _write_json(workdir / "run.json", {**_run_json(context, command), "outputs": made})
+        return Path(report) if (report := on_lead(lambda: _report(context))) else None
+
+
+def _begin(context: Context, held: contextlib.ExitStack) -> None:
+    """What is done once before the first stage: the lock, which ``held`` releases, and all checks that need no data."""
+    context.workdir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(_locked(context.workdir))
+    _check_starts(context)
+    _check_losses(context)
+    if not _holds(context.workdir / "recipe.json", _recipe_json(context.recipe)):
+        _write_json(context.workdir / "recipe.json", _recipe_json(context.recipe))
+
+
+def _shared_plan(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
+    """The lead's plan: the others might see what it has already begun to write."""
+    told = on_lead(lambda: {**vars(plan_stage(stage, context, made)), "stage": None})
+    return Plan(**{**told, "stage": stage})
 
 
 def plan_all(recipe: Recipe, workdir: Path) -> list[Plan]:
@@ -143,11 +156,29 @@ def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
 
 def _execute(plan: Plan, context: Context) -> str:
     """Runs a stage, writes its record and returns the hash of its output."""
+    stage, began = plan.stage, time.perf_counter()
+    record = on_lead(lambda: _opened(plan, context))
+    execute = lambda: EXECUTE[type(stage)](stage, context)
+    elapsed = lambda: round(record["seconds"] + time.perf_counter() - began, 3)
+    try:
+        if isinstance(stage, ON_DEVICES):
+            files, summary = execute()
+            return on_lead(lambda: _closed(record, files, summary, elapsed(), context))
+        return on_lead(lambda: _closed(record, *execute(), elapsed(), context))
+    except BaseException:
+        if is_lead():
+            _write_json(context.folder(stage.name) / "stage.json", {**record, "seconds": elapsed()})
+        raise
+
+
+def _opened(plan: Plan, context: Context) -> dict[str, Any]:
+    """The record of a stage that begins or goes on; what is out of date is set aside first."""
     stage, folder = plan.stage, context.folder(plan.stage.name)
     if plan.state == "changed":
         kept = _set_aside(folder, context.workdir / SUPERSEDED)
         say(f"    what it had made is now in {kept}")
     folder.mkdir(parents=True, exist_ok=True)
+    before = _record(folder)
     record = {
         "name": stage.name,
         "kind": type(stage).__name__,
@@ -156,19 +187,17 @@ def _execute(plan: Plan, context: Context) -> str:
         "seed": context.recipe.seed,
         "inputs": plan.inputs,
         "fingerprint": plan.fingerprint,
+        "status": "running",
+        "seconds": before.get("seconds", 0.0) if before else 0.0,
     }
-    before = _record(folder)
-    spent = before.get("seconds", 0.0) if before else 0.0
-    began = time.perf_counter()
-    _write_json(folder / "stage.json", {**record, "status": "running", "seconds": spent})
-    try:
-        files, summary = EXECUTE[type(stage)](stage, context)
-    except BaseException:
-        seconds = round(spent + time.perf_counter() - began, 3)
-        _write_json(folder / "stage.json", {**record, "status": "running", "seconds": seconds})
-        raise
+    _write_json(folder / "stage.json", record)
+    return record
+
+
+def _closed(record: dict[str, Any], files: Sequence[Path], summary: Any, seconds: float, context: Context) -> str:
+    """Writes the record of a stage that is done and returns the hash of its output."""
+    folder = context.folder(record["name"])
     outputs = {str(file.relative_to(folder)): sha256(file) for file in files}
-    seconds = round(spent + time.perf_counter() - began, 3)
     output = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
     done = {"status": "done", "outputs": outputs, "output": output, "summary": summary, "seconds": seconds}
     _write_json(folder / "stage.json", {**record, **done})
@@ -176,7 +205,7 @@ def _execute(plan: Plan, context: Context) -> str:
     return output
 
 
-def _report(context: Context) -> Path | None:
+def _report(context: Context) -> str | None:
     path = context.workdir / "report" / "index.html"
     records = [context.folder(stage.name) / "stage.json" for stage in context.recipe.stages]
     shown = [record for record in records if record.exists()]
@@ -187,7 +216,7 @@ def _report(context: Context) -> Path | None:
         from jaxdraft.evaluate.report import write_report
 
         write_report(context.workdir)
-    return path
+    return str(path)
 
 
 def _resolved_shape(stage: Stage, context: Context) -> Any:
@@ -236,7 +265,7 @@ def _recipe_json(recipe: Recipe) -> dict[str, Any]:
     return {**to_json(recipe), "stages": stages}
 
 
-def _run_json(recipe: Recipe, command: Sequence[str]) -> dict[str, Any]:
+def _run_json(context: Context, command: Sequence[str]) -> dict[str, Any]:
     return {
         "command": list(command),
         "jaxdraft": __version__,
@@ -245,8 +274,10 @@ def _run_json(recipe: Recipe, command: Sequence[str]) -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": [str(device) for device in jax.devices()],
-        "mesh": to_json(recipe.mesh),
-        "seed": recipe.seed,
+        "processes": jax.process_count(),
+        "mesh": dict(context.mesh.shape),
+        "decode_mesh": dict(context.decode_mesh.shape),
+        "seed": context.recipe.seed,
     }
 
 

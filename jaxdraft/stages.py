@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft.checkpoint import Checkpoints
@@ -21,12 +20,13 @@ from jaxdraft.data_stages import (
     run_score,
     run_train_tokenizer,
 )
+from jaxdraft.distributed import fetch, is_lead, on_lead
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
-from jaxdraft.models.decoder import Params
+from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
 from jaxdraft.probe import efficiency_summary, probe
@@ -67,8 +67,6 @@ def run_train(stage: Train, context: Context) -> Outputs:
         stage.shares,
         batch_size=stage.batch_size,
         seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         stored=is_stored,
     )
     target = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype()) if recipe.uses_target(stage) else None
@@ -96,6 +94,9 @@ def run_train(stage: Train, context: Context) -> Outputs:
         measure=measure,
         measure_every=stage.probe_every or max(1, stage.steps // 10),
     )
+    params = fetch(params)
+    if not is_lead():
+        return [], {}
     save_model(context.model_folder(stage.name), config, params)
     for file in tokenizer_files(context.tokenizer_folder):
         shutil.copyfile(file, context.model_folder(stage.name) / file.name)
@@ -138,8 +139,9 @@ def _start(
         first = next(iter(rows.values()))  # the same rows on every process
         calibration = [first[i] for i in range(min(CALIBRATION_ROWS, len(first)))]
         tokens_BT, segments_BT = (np.stack([row[key] for row in calibration]) for key in ("tokens", "segment_ids"))
-        return config, subclone(*target, config, jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segments_BT > 0))
-    params = init_params(config, jax.random.fold_in(jax.random.key(context.seed(stage)), INIT_PURPOSE))
+        return config, subclone(*target, config, tokens_BT.astype(np.int32), segments_BT > 0)
+    key = jax.random.fold_in(jax.random.key(context.seed(stage)), INIT_PURPOSE)
+    params = jax.jit(init_params, static_argnums=0, out_shardings=model_shardings(config, context.mesh))(config, key)
     if target and stage.init == "target-embedding":
         return config, project_embedding(*target, config, params)
     return config, params
@@ -147,7 +149,7 @@ def _start(
 
 def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
     folder = context.folder(stage.name)
-    target = Model.load(context.target_folder)
+    target = Model.load(context.target_folder, context.decode_mesh)
     tasks = [(task, task.prompts.prompts(context.tokenizer)) for task in stage.tasks]
     for task, prompts in tasks:
         if not prompts:
@@ -158,12 +160,13 @@ def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
     with progress_bar(answers, stage.name, "answer") as bar:
         evaluator = Evaluator(target, tasks, settings, bar.update)
         for name in stage.drafts:
-            results, samples = evaluator.measure(Model.load(context.model_folder(name)))
-            results = {**results, "draft_stage": name, **_relative(context, name)}
-            write_results(folder / name, results, samples)
+            results, samples = evaluator.measure(Model.load(context.model_folder(name), context.decode_mesh))
+            if is_lead():
+                results = {**results, "draft_stage": name, **_relative(context, name)}
+                write_results(folder / name, results, samples)
             if stage.over_checkpoints:
                 series += _over_checkpoints(stage, context, name, evaluator)
-    if stage.over_checkpoints:
+    if stage.over_checkpoints and is_lead():
         write_jsonl(folder / "checkpoints.jsonl", series)
     files = [folder / name / file for name in stage.drafts for file in ("results.json", "samples.jsonl")]
     if stage.over_checkpoints:
@@ -195,6 +198,9 @@ EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     Evaluate: run_evaluate,
     Export: run_export,
 }
+
+ON_DEVICES = (Train, Generate, Score, Evaluate)
+"""What all processes do together; the lead alone does the rest. Files and facts are the lead's."""
 
 
 def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
@@ -228,9 +234,9 @@ def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: E
     lines = []
     with Checkpoints(context.folder(name) / "checkpoints", train_stage.keep_every) as checkpoints:
         kept = (train_stage.steps, *range(0, train_stage.steps, train_stage.keep_every or train_stage.steps))
-        for step in sorted(set(kept).intersection(checkpoints.steps)):
+        for step in on_lead(lambda: sorted(set(kept).intersection(checkpoints.steps))):
             state = checkpoints.restore(abstract_state(train_stage, config, shardings), step)
-            draft = Model.create(name, config, state.params)
+            draft = Model.create(name, config, state.params, context.decode_mesh)
             for baseline in evaluator.baselines:
                 accepts = [a.accept_N for a in evaluator.acceptances(draft, baseline)]
                 for block_size in stage.block_sizes:

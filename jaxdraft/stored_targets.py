@@ -5,18 +5,18 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxdraft.context import Context
 from jaxdraft.data.pipeline import segment_positions
 from jaxdraft.data.records import PackedRows, columns
 from jaxdraft.decode import top_scores
+from jaxdraft.distributed import fetch, from_lead
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, compute_dtype
 from jaxdraft.models.hf import load_model
 from jaxdraft.recipe import TopK, Train
-from jaxdraft.sharding import BATCH_AXES, batch_sharding
+from jaxdraft.sharding import BATCH_AXES, place
 from jaxdraft.tracking import progress_bar, say
 
 # In bfloat16 the rounding depends on the shape of a pass: another number gives other bytes.
@@ -60,6 +60,8 @@ def scored(
 ) -> Iterator[Row]:
     """The rows with ``target_ids`` and ``target_log_probs`` as ``jaxdraft.data.records`` defines them.
 
+    Of several processes the lead reads the rows and gets the result; the others take part, and get nothing.
+
     A packed row's segments do not see each other, and their positions restart: these are the distributions of the
     target that reads each segment alone.
 
@@ -77,23 +79,28 @@ def scored(
     config, params = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype())
     config.check_target()
     devices = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    rows = iter(rows)
-    with progress_bar(total, name, "row") as bar:
-        for first in rows:
+    batch: list[Row] = []  # what the lead is at
+
+    def batches() -> Iterator[list[list[list[int]]]]:
+        remaining = iter(rows)
+        for first in remaining:
             count = max(1, TOKENS_PER_PASS // len(first["tokens"])) * devices
-            batch = [first, *itertools.islice(rows, count - 1)]
+            batch[:] = [first, *itertools.islice(remaining, count - 1)]
             filled = [*batch, *[first] * (count - len(batch))]
-            tokens_BT, segments_BT = (np.stack([row[key] for row in filled]) for key in ("tokens", "segment_ids"))
-            inputs = (tokens_BT, segment_positions(segments_BT), segments_BT)
+            yield [[row[key].tolist() for row in filled] for key in ("tokens", "segment_ids")]
+
+    with progress_bar(total, name, "row") as bar:
+        for texts in from_lead(batches):
+            tokens_BT, segments_BT = (np.asarray(x, np.int32) for x in texts)
             found = top_scores(
                 Decoder(config),
                 params,
-                *(jax.device_put(x.astype(np.int32), batch_sharding(mesh)) for x in inputs),
+                *place(mesh, (tokens_BT, segment_positions(segments_BT), segments_BT), rows=True),
                 k=stored["k"],
                 temperature=stored["temperature"],
                 mesh=mesh,
             )
-            ids_BTK, log_probs_BTS = (np.asarray(x)[: len(batch)] for x in found)
+            ids_BTK, log_probs_BTS = (x[: len(batch)] for x in fetch(tuple(found)))
             if np.isnan(log_probs_BTS).any():
                 raise FloatingPointError(
                     f"{name}: the target gave logits that are not finite: are its weights damaged?"

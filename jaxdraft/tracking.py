@@ -5,15 +5,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from jaxdraft.distributed import is_lead, on_lead
 from jaxdraft.errors import ConfigError
 
 
 class StepLog:
     """A JSONL file with the lines of some steps that a resumed run continues where its checkpoint stands.
+
+    Of several processes the lead alone writes it.
 
     Args:
       path: of the file.
@@ -24,6 +27,10 @@ class StepLog:
     """
 
     def __init__(self, path: Path, done: Sequence[int] = ()):
+        self._file: TextIO | None = None
+        on_lead(lambda: self._open(path, done))
+
+    def _open(self, path: Path, done: Sequence[int]) -> None:
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] in done]
         if {json.loads(line)["step"] for line in kept} != set(done):
             raise ConfigError(
@@ -37,23 +44,32 @@ class StepLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **values}``."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def say(text: str) -> None:
-    """One line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the person who watches, from the lead process."""
+    if is_lead():
+        print(text, file=sys.stderr, flush=True)
 
 
 def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar with rate and remaining time on standard error; in a log file a line every half minute."""
+    """The lead's bar with rate and remaining time on standard error; in a log file a line every half minute."""
     interval = 0.5 if sys.stderr.isatty() else 30
     return tqdm(
-        total=total, desc=description, unit=unit, initial=initial, dynamic_ncols=True, mininterval=interval, leave=True
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        dynamic_ncols=True,
+        mininterval=interval,
+        disable=not is_lead(),
     )
 
 

@@ -3,7 +3,7 @@
 Packing happens once, with grain. Batches are then a pure function of (seed, step) by random access: there is no
 iterator to save, so restarts, seeks and other numbers of processes give the same data.
 
-Shapes: B rows per batch (per process), L row length, k tokens of the target's distribution.
+Shapes: B rows per batch, L row length, k tokens of the target's distribution.
 """
 
 import hashlib
@@ -151,11 +151,10 @@ class RowSource(Protocol):
 
 
 class Batches:
-    """`batches[step]`: the batch of a step, a pure function of (seed, step).
+    """`batches[step]`: the global batch of a step, a pure function of (seed, step). Any part can be read alone.
 
     Every batch holds exactly `weights[name] * batch_size` rows of each source. Each source is shuffled anew every
-    epoch, in an order that depends on the seed and its name alone. Process p of P gets rows p, p + P, p + 2P, ... of
-    the global batch.
+    epoch, in an order that depends on the seed and its name alone.
 
     Args:
       sources: rows by name, all of one length.
@@ -163,8 +162,8 @@ class Batches:
       batch_size: rows of the global batch.
       stored: give the target's stored distribution too.
     Raises:
-      ConfigError: shares that are not whole rows, lengths that differ, a batch the processes cannot share evenly, or
-        sources that do not all store as many of the target's tokens.
+      ConfigError: shares that are not whole rows, lengths that differ, or sources that do not all store as many of the
+        target's tokens.
     """
 
     def __init__(
@@ -174,8 +173,6 @@ class Batches:
         *,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
         stored: bool = False,
     ):
         self._sources = dict(sources)
@@ -185,11 +182,6 @@ class Batches:
             raise ConfigError(f"sources differ in row length: {lengths}; prepare them with one length")
         if empty := [name for name, rows in sources.items() if not len(rows)]:
             raise ConfigError(f"source {empty[0]!r} has no rows")
-        if batch_size % process_count or not 0 <= process_index < process_count:
-            raise ConfigError(
-                f"process {process_index} of {process_count} cannot take an equal share of {batch_size} rows; "
-                f"use a batch_size that is a multiple of {process_count}"
-            )
         if stored:
             _check_stored(sources)
         self._stored = stored
@@ -198,22 +190,29 @@ class Batches:
             name: grain.MapDataset.range(len(rows)).seed(_source_seed(seed, name)).shuffle().repeat()
             for name, rows in sources.items()
         }
-        places = [(name, i) for name, count in self._counts.items() for i in range(count)]
-        self._places = places[process_index::process_count]
+        self._places = [(name, i) for name, count in self._counts.items() for i in range(count)]
+
+    def __len__(self) -> int:
+        """Rows of a batch."""
+        return len(self._places)
 
     def rows(self, step: int) -> list[tuple[str, int]]:
-        """Which rows make up this process's batch at `step` (0, 1, ...): (source name, row index), in order."""
+        """Which rows make up the batch at `step` (0, 1, ...): (source name, row index), in order."""
         if step < 0:
             raise IndexError(f"step {step} is negative")
         return [(name, int(self._orders[name][step * self._counts[name] + i])) for name, i in self._places]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """`tokens`, `segment_ids`, `positions` int32[B, L] and `loss_mask` float32[B, L].
+        """All rows of a batch, as `part` gives them."""
+        return self.part(step, slice(None))
+
+    def part(self, step: int, part: slice) -> dict[str, np.ndarray]:
+        """`tokens`, `segment_ids`, `positions` int32[B, L] and `loss_mask` float32[B, L] of some of the batch's rows.
 
         With `stored` also `target_ids` int32[B, L, k] and `target_log_probs` float16[B, L, k + 2], which
         `jaxdraft.data.records` defines.
         """
-        rows = [self._sources[name][index] for name, index in self.rows(step)]
+        rows = [self._sources[name][index] for name, index in self.rows(step)[part]]
         columns = ("tokens", "segment_ids", "loss_mask", *(("target_ids", "target_log_probs") if self._stored else ()))
         stacked = {key: np.stack([row[key] for row in rows]) for key in columns}
         batch = {

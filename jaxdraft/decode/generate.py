@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxdraft.decode.batching import PromptBatch, prompt_batches
-from jaxdraft.decode.sampling import SAMPLE, Sampling, draw, is_any, position_keys, probabilities, row_keys
+from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, is_any, position_keys, probabilities, row_keys
+from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, init_cache
 from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
+from jaxdraft.sharding import mesh_of, place
 
 _PREFILL_CHUNK = 128
 
@@ -116,21 +119,22 @@ def generate_batches(
         vocab_size=config.vocabulary,
         max_positions=config.max_positions,
     )
-    greedy = all_greedy(batches)
+    greedy, mesh = all_greedy(batches), mesh_of(params)
     eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
     seen: set[int] = set()
     for batch in batches:
         sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
-        keys_B = None if greedy else row_keys(seed, SAMPLE, batch.example_ids_B)
+        draws = None if greedy else Draws(np.int32(seed), batch.example_ids_B)
 
         def start(end_B: np.ndarray, batch: PromptBatch = batch) -> _State:
             size = batch.tokens_BS.shape[1]
             prompts_BL = batch.tokens_BS[:, : batch.bucket]
             cache = prefill(decoder, params, prompts_BL, batch.length_B, batch.end_B, size)
-            return _State(*arrays(batch, end_B), cache, jnp.ones(len(end_B), bool))
+            return _State(*arrays(mesh, batch, end_B), cache, *place(mesh, (np.ones(len(end_B), bool),), rows=True))
 
-        decode = functools.partial(_decode, decoder, params, eos_E=eos_E, sampling=sampling, keys_B=keys_B)
-        state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
+        decode = functools.partial(_decode, decoder, params, eos_E=eos_E, sampling=sampling, draws=draws)
+        with jax.set_mesh(mesh):
+            state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
         seen.add(batch.bucket)
         check_finite("the model", state.finite_B, batch)
         yield GeneratedBatch(batch.indices, new_tokens(batch, state.tokens_BS, state.length_B), seconds)
@@ -161,8 +165,9 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
-def _decode(decoder, params, state, *, eos_E, sampling, keys_B):
+def _decode(decoder, params, state, *, eos_E, sampling, draws):
     head_DV = head_weight(decoder.config, params)
+    keys_B: Any = None if draws is None else row_keys(draws.seed, SAMPLE, draws.example_ids_B)
     rows_B = jnp.arange(state.tokens_BS.shape[0])
     nowhere = state.tokens_BS.shape[1]
 
@@ -200,9 +205,9 @@ def all_greedy(batches: Sequence[PromptBatch]) -> bool:
     return all(np.all(batch.temperature_B == 0) for batch in batches)
 
 
-def arrays(batch: PromptBatch, end_B: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+def arrays(mesh: Mesh, batch: PromptBatch, end_B: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fresh device arrays of tokens, lengths and ends: a decode program may reuse their memory."""
-    return jnp.array(batch.tokens_BS), jnp.array(batch.length_B), jnp.array(end_B)
+    return place(mesh, (batch.tokens_BS, batch.length_B, end_B), rows=True)
 
 
 def timed(
@@ -231,12 +236,12 @@ def _clock(run: Callable[[], Any]) -> tuple[Any, float]:
 
 def new_tokens(batch: PromptBatch, tokens_BS: jax.Array, length_B: jax.Array) -> list[list[int]]:
     """What was written after each prompt of the batch, fillers left out."""
-    tokens, lengths = np.asarray(tokens_BS), np.asarray(length_B)
+    tokens, lengths = fetch((tokens_BS, length_B))
     return [tokens[row, batch.length_B[row] : lengths[row]].tolist() for row in range(len(batch.indices))]
 
 
 def check_finite(model: str, finite_B: jax.Array, batch: PromptBatch) -> None:
     """Raises FloatingPointError, naming the prompts, where a row met logits that are not finite."""
-    bad = [i for i, finite in zip(batch.indices, np.asarray(finite_B), strict=False) if not finite]
+    bad = [i for i, finite in zip(batch.indices, fetch(finite_B), strict=False) if not finite]
     if bad:
         raise FloatingPointError(f"{model} gave logits that are not finite for prompts {bad}: are its weights damaged?")

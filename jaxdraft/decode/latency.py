@@ -9,9 +9,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdraft.models.cache import init_cache
 from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
+from jaxdraft.sharding import mesh_of, place
 
 _STEPS = 16
 
@@ -30,13 +32,16 @@ def step_latency(decoder: Decoder, params: Params, batch: int, width: int, conte
       context: tokens in the cache before the step.
       repeats: loops timed.
     """
-    cache = init_cache(decoder.config, batch, context + width, decoder.dtype or compute_dtype())
-    tokens_BT = jnp.zeros((batch, width), jnp.int32)
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        tokens_BT, cache = jax.block_until_ready(_steps(decoder, params, tokens_BT, cache, context))
-        seconds.append((time.perf_counter() - began) / _STEPS)
+    mesh, seconds = mesh_of(params), []
+    with jax.set_mesh(mesh):
+        cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))(
+            decoder.config, batch, context + width, decoder.dtype or compute_dtype()
+        )
+        tokens_BT = place(mesh, np.zeros((batch, width), np.int32), rows=True)
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            tokens_BT, cache = jax.block_until_ready(_steps(decoder, params, tokens_BT, cache, context))
+            seconds.append((time.perf_counter() - began) / _STEPS)
     return statistics.median(seconds[1:])
 
 

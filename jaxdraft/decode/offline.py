@@ -17,9 +17,11 @@ import numpy as np
 
 from jaxdraft.decode.batching import per_prompt
 from jaxdraft.decode.sampling import Sampling, probabilities
+from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import long_rows
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
+from jaxdraft.sharding import mesh_of, place
 
 _CHUNK = 16
 _LENGTH_STEP = 64
@@ -137,6 +139,7 @@ def _teacher_forced(
     limits = per_prompt("max_new_tokens", max_new_tokens, len(prompts), np.int32)
     greedy = not np.any(temperatures)
     decoders, params = zip(*models, strict=True)
+    mesh = mesh_of(params)
     new = -(-max(map(len, answers), default=1) // _CHUNK) * _CHUNK
     found: list[tuple[np.ndarray, ...]] = []
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -148,17 +151,13 @@ def _teacher_forced(
         for row, i in enumerate(rows):
             text = [*prompts[i], *answers[i]]
             tokens_BT[row, : len(text)] = text
-        seen = _look_at_batch(
-            look,
-            decoders,
-            params,
-            tokens_BT,
-            np.asarray([len(prompts[i]) for i in rows], np.int32),
-            np.asarray([len(prompts[i]) + max(len(answers[i]), limits[i]) for i in rows], np.int32),
-            new,
-            None if greedy else Sampling(temperatures[rows], top_ps[rows]),
-        )
-        seen = [np.asarray(x, np.float64) for x in seen]
+        starts_B = np.asarray([len(prompts[i]) for i in rows], np.int32)
+        ends_B = np.asarray([len(prompts[i]) + max(len(answers[i]), limits[i]) for i in rows], np.int32)
+        sampling = None if greedy else Sampling(temperatures[rows], top_ps[rows])
+        given = place(mesh, (tokens_BT, starts_B, ends_B, sampling), rows=True)
+        with jax.set_mesh(mesh):
+            seen = _look_at_batch(look, decoders, params, *given, new)
+        seen = [x.astype(np.float64) for x in fetch(seen)]
         for row, i in enumerate(indices):
             found.append(tuple(x[row, : len(answers[i])] for x in seen))
             if not np.all(np.isfinite(found[i][-1])):
@@ -167,7 +166,7 @@ def _teacher_forced(
 
 
 @functools.partial(jax.jit, static_argnames=("look", "decoders", "new"))
-def _look_at_batch(look, decoders, params, tokens_BT, start_B, end_B, new, sampling):
+def _look_at_batch(look, decoders, params, tokens_BT, start_B, end_B, sampling, new):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     written_BN = jnp.minimum(start_B[:, None] + jnp.arange(new), tokens_BT.shape[1] - 1)
 

@@ -80,7 +80,14 @@ def draw(keys_B: jax.Array, probs_BV: jax.Array) -> jax.Array:
     return jnp.argmax(jnp.log(probs_BV) + noise_BV, axis=-1).astype(jnp.int32)
 
 
-def row_keys(seed: int, purpose: int, example_ids_B: jax.Array | np.ndarray) -> jax.Array:
+class Draws(NamedTuple):
+    """What names the randomness of a batch: an int32 ``seed`` and the uint32 ``example_ids_B``."""
+
+    seed: np.int32
+    example_ids_B: jax.Array | np.ndarray
+
+
+def row_keys(seed: int | jax.Array, purpose: int, example_ids_B: jax.Array | np.ndarray) -> jax.Array:
     """``keys[B]``, one per example: ``fold_in(fold_in(key(seed), purpose), example id)``.
 
     Threefry whatever the default is: keys of the ``rbg`` kind give other numbers under ``vmap``.

@@ -74,7 +74,7 @@ def _top_scores(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, tem
         return [x.reshape(-1, x.shape[-1])[:count].reshape(*labels_BT.shape, -1) for x in found]
 
     # Left to the partitioner, chunks over sharded rows would make it gather all rows to every device.
-    rows = PartitionSpec(BATCH_AXES)
+    rows = PartitionSpec(BATCH_AXES, "tensor" if labels_BT.shape[1] % mesh.shape["tensor"] == 0 else None)
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(rows, PartitionSpec(), rows), out_specs=[rows, rows], check_vma=False
     )

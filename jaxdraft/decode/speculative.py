@@ -33,6 +33,7 @@ from jaxdraft.decode.sampling import (
     ACCEPT,
     PROPOSE,
     REPLACE,
+    Draws,
     Sampling,
     draw,
     is_any,
@@ -41,9 +42,11 @@ from jaxdraft.decode.sampling import (
     row_keys,
     uniforms,
 )
+from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
+from jaxdraft.sharding import mesh_of, place
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +180,7 @@ def speculative_batches(
             longest,
             draft_decoder.config.max_positions,
         )
-    greedy = all_greedy(batches)
+    greedy, mesh = all_greedy(batches), mesh_of(target_params)
     eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
     program = functools.partial(
         _decode, target_decoder, target_params, draft_decoder, draft_params, block_size=block_size, eos_E=eos_E
@@ -185,25 +188,31 @@ def speculative_batches(
     seen: set[int] = set()
     for batch in batches:
         sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
-        ids_B = batch.example_ids_B
-        keys = None if greedy else _Keys(*(row_keys(seed, purpose, ids_B) for purpose in (PROPOSE, ACCEPT, REPLACE)))
+        draws = None if greedy else Draws(np.int32(seed), batch.example_ids_B)
 
         def start(end_B: np.ndarray, batch: PromptBatch = batch) -> _State:
             rows, size = batch.tokens_BS.shape
             prompts = batch.tokens_BS[:, : batch.bucket], batch.length_B, batch.end_B
             return _State(
-                *arrays(batch, end_B),
+                *arrays(mesh, batch, end_B),
                 target_cache=prefill(target_decoder, target_params, *prompts, size + block_size + 1),
                 draft_cache=prefill(draft_decoder, draft_params, *prompts, size + block_size + 1),
-                accepted_BN=jnp.zeros((rows, size - batch.bucket), jnp.int32),
-                blocks_B=jnp.zeros(rows, jnp.int32),
-                cut_B=jnp.zeros(rows, bool),
-                target_finite_B=jnp.ones(rows, bool),
-                draft_finite_B=jnp.ones(rows, bool),
+                **place(
+                    mesh,
+                    {
+                        "accepted_BN": np.zeros((rows, size - batch.bucket), np.int32),
+                        "blocks_B": np.zeros(rows, np.int32),
+                        "cut_B": np.zeros(rows, bool),
+                        "target_finite_B": np.ones(rows, bool),
+                        "draft_finite_B": np.ones(rows, bool),
+                    },
+                    rows=True,
+                ),
             )
 
-        decode = functools.partial(program, sampling=sampling, keys=keys)
-        state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
+        decode = functools.partial(program, sampling=sampling, draws=draws)
+        with jax.set_mesh(mesh):
+            state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
         seen.add(batch.bucket)
         check_finite("the target", state.target_finite_B, batch)
         check_finite("the draft", state.draft_finite_B, batch)
@@ -253,9 +262,12 @@ def _leading(passed_BG: jax.Array) -> jax.Array:
 @functools.partial(
     jax.jit, static_argnames=("target_decoder", "draft_decoder", "block_size"), donate_argnames=("state",)
 )
-def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, keys):
+def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, draws):
     target_head_DV = head_weight(target_decoder.config, target_params)
     draft_head_DR = head_weight(draft_decoder.config, draft_params)
+    keys: Any = None
+    if draws is not None:
+        keys = _Keys(*(row_keys(draws.seed, purpose, draws.example_ids_B) for purpose in (PROPOSE, ACCEPT, REPLACE)))
     G, nowhere = block_size, slots(state.target_cache)
     rows_B1 = jnp.arange(state.tokens_BS.shape[0])[:, None]
 
@@ -334,7 +346,7 @@ def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *
 
 def _results(batch: PromptBatch, state: _State) -> list[SpeculativeResult]:
     tokens = new_tokens(batch, state.tokens_BS, state.length_B)
-    accepted, blocks, cut = (np.asarray(x) for x in (state.accepted_BN, state.blocks_B, state.cut_B))
+    accepted, blocks, cut = fetch((state.accepted_BN, state.blocks_B, state.cut_B))
     return [
         SpeculativeResult(tokens[row], accepted[row, : blocks[row]].tolist(), bool(cut[row]))
         for row in range(len(batch.indices))

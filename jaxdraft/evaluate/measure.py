@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxdraft.data.prompts import Prompt, example_id
 from jaxdraft.decode import (
@@ -24,7 +25,7 @@ from jaxdraft.decode import (
 from jaxdraft.evaluate import metrics
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding
-from jaxdraft.models.decoder import Params
+from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_model
 from jaxdraft.tracking import write_jsonl
 
@@ -48,12 +49,15 @@ class Model:
     params: Params
 
     @classmethod
-    def create(cls, name: str, config: ModelConfig, params: Params) -> "Model":
-        return cls(name, Decoder(config, scan=False), jax.jit(for_decoding, static_argnums=0)(config, params))
+    def create(cls, name: str, config: ModelConfig, params: Params, mesh: Mesh) -> "Model":
+        """From stacked parameters on the same devices in the same order."""
+        unstack = jax.jit(for_decoding, static_argnums=0, out_shardings=model_shardings(config, mesh, scan=False))
+        return cls(name, Decoder(config, scan=False), unstack(config, params))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Model":
-        config, params = load_model(folder, dtype=compute_dtype(), scan=False)
+    def load(cls, folder: str | Path, mesh: Mesh | None = None) -> "Model":
+        """From a Hugging Face folder, onto a mesh or the first device."""
+        config, params = load_model(folder, mesh=mesh, dtype=compute_dtype(), scan=False)
         return cls(str(folder), Decoder(config, scan=False), params)
 
     @property

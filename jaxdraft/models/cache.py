@@ -9,6 +9,7 @@ from flax import struct
 
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.rope import LongRope
+from jaxdraft.sharding import CACHE, constrain
 
 
 class KVCache(struct.PyTreeNode):
@@ -41,8 +42,8 @@ def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype, end
     shape = (batch, config.num_kv_heads, size, config.head_size)
     return KVCache(
         long_B=long_rows(config, jnp.full(batch, size) if end_B is None else end_B),
-        k=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        v=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+        k=tuple(constrain(jnp.zeros(shape, dtype), CACHE) for _ in range(config.num_layers)),
+        v=tuple(constrain(jnp.zeros(shape, dtype), CACHE) for _ in range(config.num_layers)),
     )
 
 
@@ -61,7 +62,8 @@ def slots(cache: KVCache) -> int:
 def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """Puts token t of row b into slot ``positions_BT[b, t]``; a position outside the cache writes nothing."""
     rows_B1 = jnp.arange(cache_BKSH.shape[0])[:, None]
-    return cache_BKSH.at[rows_B1, :, positions_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
+    written_BKSH = cache_BKSH.at[rows_B1, :, positions_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
+    return constrain(written_BKSH, CACHE)
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

@@ -23,8 +23,8 @@ def subclone(
     target: ModelConfig,
     target_params: Params,
     draft: ModelConfig,
-    tokens_BT: jax.Array,
-    is_text_BT: jax.Array | None = None,
+    tokens_BT: jax.Array | np.ndarray,
+    is_text_BT: jax.Array | np.ndarray | None = None,
 ) -> Params:
     """Float32 parameters of the draft's shape, with stacked layers, cut out of the target's.
 

@@ -1,5 +1,6 @@
 """The training loop: feeds the step, writes its metrics down one step late, saves, and resumes where it stood."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +47,7 @@ def train(
       draft: the model that learns.
       params: its initial parameters.
       loss: what it learns.
-      batches: ``batches[step]`` is the global batch of that step.
+      batches: the global batch of every step.
       optimizer: steps and rates.
       mesh: the devices.
       frozen: the models in the loop that do not learn, with their parameters: ``target``, ``reference``.
@@ -74,7 +75,7 @@ def train(
         if measure is not None and start == 0:
             log.measured(0, measure(state.params))
         for step in range(start, optimizer.steps):
-            batch = _place(batches[step], mesh)
+            batch = _place(batches, step, mesh)
             state, metrics = step_fn(state, frozen_params, batch)
             log.dispatched(step + 1, metrics)
             if measure is not None and step + 1 in measured:
@@ -89,9 +90,21 @@ def train(
     return state.params
 
 
-def _place(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in rows.items()}
+def _place(batches: Batches, step: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch, of which each process reads the rows that its own devices hold."""
+    sharding, size = batch_sharding(mesh), len(batches)
+    spans = [index[0].indices(size) for index in sharding.addressable_devices_indices_map((size,)).values() if index]
+    first, end = min(begin for begin, _, _ in spans), max(end for _, end, _ in spans)
+    rows = batches.part(step, slice(first, end))
+
+    def on_device(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        begin, end, _ = index[0].indices(size)
+        return values[begin - first : end - first]
+
+    return {
+        name: jax.make_array_from_callback((size, *x.shape[1:]), sharding, functools.partial(on_device, x))
+        for name, x in rows.items()
+    }
 
 
 class _Log:

@@ -147,7 +147,7 @@ def sharded_loss(
     key: jax.Array | None = None,
     means: Metrics | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Loss sum and metric sums over all devices, the head chunked on each device over its own rows.
+    """Loss sum and metric sums over all devices, the head chunked on each device over its own positions.
 
     Chunking outside ``shard_map`` would make the compiler gather every row to every device.
 
@@ -173,7 +173,7 @@ def sharded_loss(
             out = weighted(loss, hidden["draft"], heads["draft"], positions, shared, length, reference)
         return out.sum, {**out.metrics, "tokens": jnp.sum(positions.weights_N), "weight": out.weight}
 
-    return _over_devices(local, mesh, work, draft_ids, key, means)
+    return _over_devices(loss, local, mesh, work, draft_ids, key, means)
 
 
 def sharded_statistics(
@@ -185,11 +185,18 @@ def sharded_statistics(
         sums = batch_statistics(loss, _flat(work.hidden["draft"]), work.heads["draft"], positions, shared)
         return {**sums, "tokens": jnp.sum(positions.weights_N)}
 
-    return _over_devices(local, mesh, work, draft_ids, key, None)
+    return _over_devices(loss, local, mesh, work, draft_ids, key, None)
 
 
-def _over_devices(local: Callable[..., Any], mesh: Mesh, work: Work, draft_ids, key, means) -> Any:
-    """The sum over all devices of a function of each one's rows."""
+def _over_devices(loss: Loss, local: Callable[..., Any], mesh: Mesh, work: Work, draft_ids, key, means) -> Any:
+    """The sum over all devices of a function of each one's positions.
+
+    Devices along ``tensor`` hold the same rows. A loss that treats every position alike lets each take its part of
+    their positions; weights that follow from a position's row need the whole row.
+    """
+    length = work.labels_BT.shape[1]
+    cut = loss.weights is None and length % mesh.shape["tensor"] == 0
+    places = PartitionSpec(BATCH_AXES, "tensor" if cut else None)
 
     def summed(work: Work, key: jax.Array | None, means: Metrics | None) -> Any:
         target_hidden_NE = _flat(work.hidden["target"]) if "target" in work.hidden else None
@@ -198,10 +205,10 @@ def _over_devices(local: Callable[..., Any], mesh: Mesh, work: Work, draft_ids, 
         positions = Positions(labels_N, weights_N, target_hidden_NE, stored, draw_ids_N)
         ids_R = None if draft_ids is None else jnp.asarray(draft_ids)
         shared = Shared(work.heads.get("target"), ids_R, key, means)
-        return jax.lax.psum(local(work, positions, shared), BATCH_AXES)
+        return jax.lax.psum(local(work, positions, shared), (*BATCH_AXES, "tensor") if cut else BATCH_AXES)
 
-    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    specs = Work(rows, whole, rows, rows, rows, rows)  # type: ignore[arg-type]
+    whole = PartitionSpec()
+    specs = Work(places, whole, places, places, places, places)  # type: ignore[arg-type]
     return jax.shard_map(summed, mesh=mesh, in_specs=(specs, whole, whole), out_specs=whole, check_vma=False)(
         work, key, means
     )
@@ -212,10 +219,10 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _accumulated(run: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
-    """The sum of what ``run`` gives over ``count`` micro-batches."""
+    """The sum of what ``run`` gives over ``count`` micro-batches, each of every ``count``-th row: none has to move."""
     if count == 1:
         return run(batch)
-    micro = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, rows):
         return jax.tree.map(jnp.add, total, run(rows)), None
