@@ -63,7 +63,8 @@ class MeshShape:
       data: replicas of the parameters, each with its own rows of the batch; slices of a pod go here. Chosen: all that
         is left, where the models fit into half of a device's memory.
       fsdp: shards of the parameters, each with its own rows of the batch. Chosen: all that is left, where they do not.
-      tensor: shards of heads, MLP and vocabulary. Chosen: as few as make the rows of a batch divide over the rest.
+      tensor: shards of heads, MLP and vocabulary. Chosen: as few as make the rows of a batch divide over the rest; 1
+        where no number does, and batches are filled up with empty rows.
       decode_tensor: the same while text is written, when ``fsdp`` is 1. Chosen: as few as the models fit with.
     """
 
@@ -82,19 +83,15 @@ class MeshShape:
         """The mesh for training.
 
         Raises:
-          ConfigError: the axes do not multiply to the number of devices, or the rows do not divide over them.
+          ConfigError: the axes do not multiply to the number of devices.
         """
         devices = jax.devices() if devices is None else devices
         slices = _slices(devices)
-        for tensor in self._tensors("tensor", len(devices) // slices, load):
-            rest = len(devices) // tensor
-            if load.rows is None or load.rows % rest == 0:
-                fits = load.bytes / tensor <= _memory(devices[0]) / 2
-                return _mesh((*self._data_and_fsdp(rest, slices, fits), tensor), devices, slices)
-        raise ConfigError(
-            f"{load.rows} rows per step do not divide over {len(devices)} devices: set batch_size to a multiple, "
-            "mesh.tensor to a number that leaves as many groups of devices as divide them, or let fewer devices be seen"
-        )
+        choices = self._tensors("tensor", len(devices) // slices, load)
+        divides = lambda tensor: load.rows is None or load.rows % (len(devices) // tensor) == 0
+        tensor = next(filter(divides, choices), choices[0])
+        rest, fits = len(devices) // tensor, load.bytes / tensor <= _memory(devices[0]) / 2
+        return _mesh((*self._data_and_fsdp(rest, slices, fits), tensor), devices, slices)
 
     def for_decoding(self, mesh: Mesh, load: Load) -> Mesh:
         """The devices of the training mesh, in its order, for writing text: ``data`` × 1 × ``tensor``.
@@ -162,6 +159,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def row_groups(mesh: Mesh) -> int:
+    """How many groups of devices take rows of a batch."""
+    return _ways(mesh, BATCH_AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -183,7 +185,7 @@ def place(mesh: Mesh, tree: Any, *, rows: bool) -> Any:
 
     def one(x: Any) -> jax.Array:
         x = np.asarray(x)
-        cut = rows and x.ndim > 0 and x.shape[0] % _ways(mesh, BATCH_AXES) == 0
+        cut = rows and x.ndim > 0 and x.shape[0] % row_groups(mesh) == 0
         return jax.make_array_from_callback(x.shape, batch_sharding(mesh) if cut else replicated(mesh), part(x))
 
     return jax.tree.map(one, tree)

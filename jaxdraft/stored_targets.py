@@ -16,7 +16,7 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, compute_dtype
 from jaxdraft.models.hf import load_model
 from jaxdraft.recipe import TopK, Train
-from jaxdraft.sharding import BATCH_AXES, place
+from jaxdraft.sharding import place, row_groups
 from jaxdraft.tracking import progress_bar, say
 
 # In bfloat16 the rounding depends on the shape of a pass: another number gives other bytes.
@@ -78,13 +78,13 @@ def scored(
     mesh = context.mesh
     config, params = load_model(context.target_folder, mesh=mesh, dtype=compute_dtype())
     config.check_target()
-    devices = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    groups = row_groups(mesh)
     batch: list[Row] = []  # what the lead is at
 
     def batches() -> Iterator[list[list[list[int]]]]:
         remaining = iter(rows)
         for first in remaining:
-            count = max(1, TOKENS_PER_PASS // len(first["tokens"])) * devices
+            count = max(1, TOKENS_PER_PASS // len(first["tokens"])) * groups
             batch[:] = [first, *itertools.islice(remaining, count - 1)]
             filled = [*batch, *[first] * (count - len(batch))]
             yield [[row[key].tolist() for row in filled] for key in ("tokens", "segment_ids")]

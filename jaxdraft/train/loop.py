@@ -16,7 +16,7 @@ from jaxdraft.data.pipeline import Batches
 from jaxdraft.losses import Loss
 from jaxdraft.models import Decoder
 from jaxdraft.models.decoder import Params, model_shardings
-from jaxdraft.sharding import batch_sharding
+from jaxdraft.sharding import batch_sharding, row_groups
 from jaxdraft.tracking import StepLog, progress_bar
 from jaxdraft.train.state import OptimizerSettings, abstract_state, create_state, state_shardings
 from jaxdraft.train.step import build_step
@@ -75,7 +75,7 @@ def train(
         if measure is not None and start == 0:
             log.measured(0, measure(state.params))
         for step in range(start, optimizer.steps):
-            batch = _place(batches, step, mesh)
+            batch = _place(batches, step, mesh, accumulate)
             state, metrics = step_fn(state, frozen_params, batch)
             log.dispatched(step + 1, metrics)
             if measure is not None and step + 1 in measured:
@@ -90,16 +90,21 @@ def train(
     return state.params
 
 
-def _place(batches: Batches, step: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch, of which each process reads the rows that its own devices hold."""
-    sharding, size = batch_sharding(mesh), len(batches)
+def _place(batches: Batches, step: int, mesh: Mesh, accumulate: int) -> dict[str, jax.Array]:
+    """The global batch, of which each process reads the rows that its own devices hold.
+
+    Filled up with rows of nothing, which weigh nothing, where it does not divide over devices and micro-batches.
+    """
+    sharding, multiple = batch_sharding(mesh), row_groups(mesh) * accumulate
+    size = -(-len(batches) // multiple) * multiple
     spans = [index[0].indices(size) for index in sharding.addressable_devices_indices_map((size,)).values() if index]
     first, end = min(begin for begin, _, _ in spans), max(end for _, end, _ in spans)
     rows = batches.part(step, slice(first, end))
 
     def on_device(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         begin, end, _ = index[0].indices(size)
-        return values[begin - first : end - first]
+        part = values[begin - first : end - first]
+        return np.pad(part, [(0, end - begin - len(part)), *[(0, 0)] * (part.ndim - 1)])
 
     return {
         name: jax.make_array_from_callback((size, *x.shape[1:]), sharding, functools.partial(on_device, x))
