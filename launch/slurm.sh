@@ -19,12 +19,23 @@ if [[ "${1-}" == --batch ]]; then
     requeues=$2
     shift 2
     status=0
-    srun --kill-on-bad-exit=1 .venv/bin/jaxdraft run "$@" || status=$?
-    # Above 128: ended by a signal before it could save.
+    srun --kill-on-bad-exit=1 bash launch/slurm.sh --task "$@" || status=$?
+    ((status <= 200)) || exit $((status - 200))
+    # 143: ended by SIGTERM before it could listen to it.
     if ((status == 75 || status == 143)) && ((${SLURM_RESTART_COUNT:-0} < requeues)); then
         printf 'slurm: interrupted (exit code %s): back into the queue\n' "$status"
         scontrol requeue "$SLURM_JOB_ID"
     fi
+    exit "$status"
+fi
+
+# Each process. srun reports the highest exit code: that of an error must not be lower than the 75 of those it stopped.
+if [[ "${1-}" == --task ]]; then
+    shift
+    trap : TERM # for jaxdraft, which gets it too
+    status=0
+    .venv/bin/jaxdraft run "$@" || status=$?
+    ((status != 1 && status != 2)) || status=$((status + 200))
     exit "$status"
 fi
 

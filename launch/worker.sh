@@ -69,7 +69,7 @@ case $verb in
         ;;
     status | stop)
         (($# == 0)) || fail "$verb takes no arguments; got $1"
-        run "$verb"
+        if [[ -z "$dry_run" ]]; then "$verb"; elif [[ $verb == stop ]]; then quote pkill --signal TERM --pidfile "$state/pid"; else quote cat "$state/exit"; fi
         ;;
     -h | --help) show_help ;;
     *) fail "give start, status or stop; got ${verb:-nothing}" ;;
