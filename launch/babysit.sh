@@ -136,7 +136,7 @@ attend() {
         # A worker that is preempted takes the others down with an error: the next look tells which of the two it is.
         suspect=1
         pause "$poll"
-    elif ! grep -qvx running <<<"$report"; then
+    elif grep -qx running <<<"$report" && ! grep -qvxE 'running|exited 0' <<<"$report"; then
         troubles=0
         pause "$poll"
     elif grep -qx running <<<"$report"; then
