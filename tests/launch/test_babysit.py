@@ -1,7 +1,8 @@
 """launch/babysit.sh against a gcloud that plays a part, and launch/worker.sh with a real process.
 
-The cloud cannot be reached from a test, so a few lines of bash stand for gcloud: they write down what they are asked for, give
-the next line of `states` as the state of the queued resource, and the next of `statuses` as what its workers say of the run.
+The cloud cannot be reached from a test, so a few lines of bash stand for gcloud: they write down what they are asked
+for, give the next line of `states` as the state of the queued resource, and the next of `statuses` as what its workers
+say of the run.
 """
 
 import os
@@ -43,14 +44,15 @@ case "$*" in
     *) echo "unexpected: $*" >>calls && exit 1 ;;
 esac
 """
+LOOKS = ("describe", "status")
 BEGIN = ["scp", "setup", "run"]
 
 
 @pytest.fixture
 def babysit(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "co" / "launch")
-    for command in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", "-C", tmp_path / "co", *command], check=True)
+    for command in ("init -q", "-c user.name=x -c user.email=x commit -q --allow-empty -m x"):
+        subprocess.run(["git", "-C", tmp_path / "co", *command.split()], check=True)
     gcloud = tmp_path / "bin" / "gcloud"
     gcloud.parent.mkdir()
     gcloud.write_text(GCLOUD)
@@ -65,9 +67,9 @@ def babysit(tmp_path):
         arguments = [*command, *speed, *options, "quickstart", "--workdir", "gs://b/r"]
         env = {**os.environ, "PATH": f"{gcloud.parent}:{os.environ['PATH']}"}
         done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=60)
-        calls = [line for line in (gcloud.parent / "calls").read_text().splitlines() if line not in ("describe", "status")]
+        calls = [call for call in (gcloud.parent / "calls").read_text().splitlines() if call not in LOOKS]
         started = [call for call in calls if call.startswith("run ")]
-        assert all(call.endswith("worker.sh start quickstart --workdir gs://b/r") for call in started), "the same run directory"
+        assert all(call.endswith("worker.sh start quickstart --workdir gs://b/r") for call in started), calls
         return done.returncode, ["run" if call in started else call for call in calls], done.stderr
 
     return run
@@ -110,7 +112,7 @@ def test_an_error_of_a_slice_that_is_being_preempted_is_not_the_end(babysit):
     assert (code, calls) == (0, ["delete", "create", *BEGIN]), said
 
 
-@pytest.mark.parametrize("status", ["exited 75,exited 75", "exited 75,exited 0", "exited 137,exited 75", "lost,exited 75"])
+@pytest.mark.parametrize("status", ["exited 75,exited 75", "exited 75,exited 0", "exited 137,exited 75", "lost,lost"])
 def test_an_interrupted_run_goes_on_where_it_is(babysit, status):
     code, calls, said = babysit("ACTIVE", f"{status}; running,running; exited 0,exited 0")
     assert (code, calls) == (0, BEGIN)
@@ -123,7 +125,7 @@ def test_the_others_are_stopped_when_a_worker_has_been(babysit):
 
 
 def test_a_slice_that_does_not_answer_is_made_anew(babysit):
-    code, calls, said = babysit("ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE NONE ACTIVE", "; ".join(["silence"] * 5 + ["exited 0"]))
+    code, calls, said = babysit("ACTIVE " * 5 + "NONE ACTIVE", "silence; " * 5 + "exited 0")
     assert (code, calls) == (0, ["delete", "create"]), said
     assert "does not answer, five times in a row; retry 1" in said
 

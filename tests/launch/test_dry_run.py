@@ -76,7 +76,7 @@ def dry_run(launcher: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_dry_run_equals_the_golden_file(case):
-    assert dry_run(*CASES[case]) == (GOLDEN / case).read_text(), "is it wanted? then: python -m tests.launch.test_dry_run"
+    assert dry_run(*CASES[case]) == (GOLDEN / case).read_text(), "wanted? python -m tests.launch.test_dry_run"
 
 
 def test_golden_files_are_those_of_the_cases():

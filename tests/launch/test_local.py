@@ -87,7 +87,8 @@ def test_a_signal_reaches_every_process_once(checkout, number):
 
 
 def test_a_second_signal_kills(checkout):
-    process = start(checkout, "signal.signal(signal.SIGTERM, lambda *_: say('no')); say('ready')\nwhile True: time.sleep(1)")
+    program = "signal.signal(signal.SIGTERM, lambda *_: say('no')); say('ready')\nwhile True: time.sleep(1)"
+    process = start(checkout, program)
     for _ in range(2):
         process.stdout.readline()
     process.send_signal(signal.SIGTERM)
