@@ -89,7 +89,8 @@ again() {
 
 recreate() {
     again "$1"
-    tpu delete
+    mine=
+    tpu delete || say "$name could not be deleted"
 }
 
 # Something that may pass, such as a worker that does not answer yet. Five in a row do not.
@@ -105,9 +106,11 @@ trouble() {
     fi
 }
 
+# Set when the run has been started, or seen going on: what an earlier one left behind tells nothing about this one.
+mine=
 begin() {
     if tpu setup && tpu run "${recipe[@]}"; then
-        troubles=0
+        troubles=0 mine=1
         say "$name runs $(quote jaxdraft run "${recipe[@]}")"
     else
         trouble "$name: setting up or starting failed"
@@ -120,6 +123,16 @@ attend() {
     local report code error=''
     if ! report=$(tpu status); then
         trouble "$name: a worker does not answer"
+        return
+    fi
+    if [[ -z "$mine" ]]; then
+        if ! grep -qx running <<<"$report"; then
+            begin
+        elif tpu run "${recipe[@]}"; then
+            mine=1
+        else
+            end 1 "$name is busy, as the lines above say, or does not answer"
+        fi
         return
     fi
     while read -r code; do
@@ -142,8 +155,6 @@ attend() {
     elif grep -qx running <<<"$report"; then
         say "some workers have stopped: stopping the others"
         tpu stop >/dev/null || trouble "$name: a worker does not answer"
-    elif ! grep -qvx none <<<"$report"; then
-        begin
     elif ! grep -qvx 'exited 0' <<<"$report"; then
         end 0 "the run is done: $workdir"
     else
@@ -162,7 +173,14 @@ if [[ -n "$dry_run" ]]; then
     exit
 fi
 
-trap 'say "stopped looking; the run goes on. Start this again to take it over, or: bash launch/tpu_vm.sh stop $name"; exit 75' INT TERM
+# shellcheck disable=SC2329 # by the trap
+stopped() {
+    local sleeping
+    for sleeping in $(jobs -p); do kill "$sleeping" 2>/dev/null || true; done
+    say "stopped looking; the run goes on. Start this again to take it over, or: bash launch/tpu_vm.sh stop $name"
+    exit 75
+}
+trap stopped INT TERM
 state='' before=''
 while true; do
     if ! state=$(tpu state); then

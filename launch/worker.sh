@@ -24,11 +24,15 @@ status() {
 }
 
 start() {
+    local command
+    command=$(quote jaxdraft run "$@")
     if alive; then
+        [[ "$(<"$state/command")" == "$command" ]] || fail "$(<"$state/command") is going on here: stop it first"
         say "already running"
         return
     fi
     mkdir -p "$state"
+    printf '%s\n' "$command" >"$state/command"
     rm -f "$state/pid" "$state/exit"
     nohup bash "$root/launch/worker.sh" hold "$@" >>"$state/log" 2>&1 </dev/null &
     until [[ -s $state/pid ]]; do sleep 0.1; done
@@ -36,7 +40,7 @@ start() {
 
 hold() {
     local code=0
-    printf '== %s: %s\n' "$(date -u +%FT%TZ)" "$(quote jaxdraft run "$@")"
+    printf '== %s: %s\n' "$(date -u +%FT%TZ)" "$(<"$state/command")"
     cd -- "$root"
     .venv/bin/jaxdraft run "$@" &
     printf '%s\n' "$!" >"$state/pid.new"

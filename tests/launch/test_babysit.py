@@ -48,6 +48,13 @@ LOOKS = ("describe", "status")
 BEGIN = ["scp", "setup", "run"]
 
 
+def wait_for(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def babysit(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "co" / "launch")
@@ -58,19 +65,25 @@ def babysit(tmp_path):
     gcloud.write_text(GCLOUD)
     gcloud.chmod(0o755)
 
-    def run(states: str, statuses: str, *options: str) -> tuple[int, list[str], str]:
+    def run(states: str, statuses: str, *options: str, stop_when: str = "") -> tuple[int, list[str], str]:
         """Exit code, what gcloud was asked for besides looking, and what the babysitter said."""
+        asked = gcloud.parent / "calls"
+        asked.write_text("")
         (gcloud.parent / "states").write_text("\n".join(states.split()) + "\n")
         (gcloud.parent / "statuses").write_text("\n".join(statuses.split("; ")) + "\n")
         command = ["bash", tmp_path / "co" / "launch" / "babysit.sh", "draft", "--type", "v5litepod-16"]
         speed = ["--poll", "0", "--backoff", "0"]
         arguments = [*command, *speed, *options, "quickstart", "--workdir", "gs://b/r"]
         env = {**os.environ, "PATH": f"{gcloud.parent}:{os.environ['PATH']}"}
-        done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=60)
-        calls = [call for call in (gcloud.parent / "calls").read_text().splitlines() if call not in LOOKS]
+        with subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True) as process:
+            if stop_when:
+                wait_for(lambda: asked.read_text().count(stop_when) == 2)
+                process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        calls = [call for call in asked.read_text().splitlines() if call not in LOOKS]
         started = [call for call in calls if call.startswith("run ")]
         assert all(call.endswith("worker.sh start quickstart --workdir gs://b/r") for call in started), calls
-        return done.returncode, ["run" if call in started else call for call in calls], done.stderr
+        return process.returncode, ["run" if call in started else call for call in calls], said
 
     return run
 
@@ -102,37 +115,57 @@ def test_configuration_errors_are_not_tried_again(babysit):
 
 
 def test_errors_are_not_tried_again(babysit):
-    code, calls, said = babysit("ACTIVE", "exited 1,running")
-    assert (code, calls) == (1, ["stop"])
+    code, calls, said = babysit("ACTIVE", "none; exited 1,running")
+    assert (code, calls) == (1, [*BEGIN, "stop"])
     assert "exit code 1: not tried again" in said
 
 
 def test_an_error_of_a_slice_that_is_being_preempted_is_not_the_end(babysit):
-    code, calls, said = babysit("ACTIVE SUSPENDING SUSPENDED NONE ACTIVE", "exited 1,running; none; exited 0")
-    assert (code, calls) == (0, ["delete", "create", *BEGIN]), said
+    code, calls, said = babysit(
+        "ACTIVE ACTIVE SUSPENDING SUSPENDED NONE ACTIVE", "none; exited 1,running; none; exited 0"
+    )
+    assert (code, calls) == (0, [*BEGIN, "delete", "create", *BEGIN]), said
 
 
 @pytest.mark.parametrize("status", ["exited 75,exited 75", "exited 75,exited 0", "exited 137,exited 75", "lost,lost"])
 def test_an_interrupted_run_goes_on_where_it_is(babysit, status):
-    code, calls, said = babysit("ACTIVE", f"{status}; running,running; exited 0,exited 0")
-    assert (code, calls) == (0, BEGIN)
+    code, calls, said = babysit("ACTIVE", f"none; {status}; running,running; exited 0,exited 0")
+    assert (code, calls) == (0, BEGIN * 2)
     assert "the run was interrupted; retry 1 of 20" in said
 
 
 def test_the_others_are_stopped_when_a_worker_has_been(babysit):
-    code, calls, _ = babysit("ACTIVE", "running,exited 75; exited 75,exited 75; exited 0,exited 0")
-    assert (code, calls) == (0, ["stop", *BEGIN])
+    code, calls, _ = babysit("ACTIVE", "none; running,exited 75; exited 75,exited 75; exited 0,exited 0")
+    assert (code, calls) == (0, [*BEGIN, "stop", *BEGIN])
+
+
+def test_a_run_that_is_going_on_is_taken_over(babysit):
+    """Starting it again does nothing on a worker that runs it."""
+    code, calls, _ = babysit("ACTIVE", "running,running; running,running; exited 0,exited 0")
+    assert (code, calls) == (0, ["run"])
+
+
+@pytest.mark.parametrize("left", ["exited 0,exited 0", "exited 2,exited 1", "lost,none"])
+def test_what_an_earlier_run_left_behind_does_not_count(babysit, left):
+    code, calls, _ = babysit("ACTIVE", f"{left}; running,running; exited 0,exited 0")
+    assert (code, calls) == (0, BEGIN)
+
+
+def test_a_signal_ends_the_babysitter_and_not_the_run(babysit):
+    code, calls, said = babysit("ACTIVE", "running", "--poll", "60", stop_when="status")
+    assert (code, calls) == (75, ["run"])
+    assert "the run goes on" in said
 
 
 def test_a_slice_that_does_not_answer_is_made_anew(babysit):
-    code, calls, said = babysit("ACTIVE " * 5 + "NONE ACTIVE", "silence; " * 5 + "exited 0")
-    assert (code, calls) == (0, ["delete", "create"]), said
+    code, calls, said = babysit("ACTIVE " * 5 + "NONE ACTIVE", "silence; " * 5 + "none; exited 0")
+    assert (code, calls) == (0, ["delete", "create", *BEGIN]), said
     assert "does not answer, five times in a row; retry 1" in said
 
 
 def test_a_failed_request_is_made_anew(babysit):
-    code, calls, said = babysit("FAILED NONE ACTIVE", "exited 0")
-    assert (code, calls) == (0, ["delete", "create"])
+    code, calls, said = babysit("FAILED NONE ACTIVE", "none; exited 0")
+    assert (code, calls) == (0, ["delete", "create", *BEGIN])
     assert "the request for draft failed" in said
 
 
@@ -164,21 +197,17 @@ def worker(tmp_path):
     run("stop")
 
 
-def wait_for(condition) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_worker_outlives_its_shell_and_stops_when_asked(worker):
     run, state = worker
     assert run("status") == "none"
     run("start", "long", "--workdir", "a folder")
     assert run("status") == "running"
-    run("start", "other", "--workdir", "x")
+    run("start", "long", "--workdir", "a folder")
+    with pytest.raises(subprocess.CalledProcessError) as other:
+        run("start", "other", "--workdir", "x")
+    assert "run long --workdir 'a folder' is going on here: stop it first" in other.value.stderr
     wait_for(lambda: "['run', 'long', '--workdir', 'a folder']" in (state / "log").read_text())
-    assert "other" not in (state / "log").read_text(), "a second start changes nothing"
+    assert (state / "log").read_text().count("== ") == 1, "the second start changed nothing"
     assert run("stop") == "exited 75"
     assert run("status") == "exited 75"
 
