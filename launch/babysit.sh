@@ -110,7 +110,7 @@ trouble() {
 mine=
 begin() {
     if tpu setup && tpu run "${recipe[@]}"; then
-        troubles=0 mine=1
+        troubles=0 mine=1 suspect=
         say "$name runs $(quote jaxdraft run "${recipe[@]}")"
     else
         trouble "$name: setting up or starting failed"
@@ -131,12 +131,14 @@ attend() {
         elif tpu run "${recipe[@]}"; then
             mine=1
         else
+            delete=
             end 1 "$name is busy, as the lines above say, or does not answer"
         fi
         return
     fi
     while read -r code; do
         if ((code == 2)); then
+            tpu stop >/dev/null || true
             end 2 "the run ended with exit code 2 (configuration): not tried again. bash launch/tpu_vm.sh logs $name says why"
         fi
         # Above 128: killed by a signal, which is what a machine that goes away does.
@@ -185,7 +187,9 @@ state='' before=''
 while true; do
     if ! state=$(tpu state); then
         [[ -n "$before" ]] || fail "gcloud cannot tell the state of $name: the lines above say why"
-        trouble "$name: no answer about its state"
+        # Nothing is deleted for want of an answer: it is as likely to be this machine that is cut off.
+        say "no answer about the state of $name; looking again in $poll s"
+        pause "$poll"
         continue
     fi
     [[ "$state" == "$before" ]] || say "$name is $state"

@@ -37,7 +37,10 @@ case "$*" in
         tr , '\n' <<<"$answer"
         ;;
     *queued-resources*) echo "$4" >>calls ;;
-    *"worker.sh start"*) echo "run ${*: -1}" >>calls ;;
+    *"worker.sh start"*)
+        [[ -z $REFUSE ]] || exit 2
+        echo "run ${*: -1}" >>calls
+        ;;
     *"worker.sh stop"*) echo stop >>calls ;;
     *setup.sh*) echo setup >>calls ;;
     *scp*) echo scp >>calls ;;
@@ -65,7 +68,9 @@ def babysit(tmp_path):
     gcloud.write_text(GCLOUD)
     gcloud.chmod(0o755)
 
-    def run(states: str, statuses: str, *options: str, stop_when: str = "") -> tuple[int, list[str], str]:
+    def run(
+        states: str, statuses: str, *options: str, stop_when: str = "", refuse: str = ""
+    ) -> tuple[int, list[str], str]:
         """Exit code, what gcloud was asked for besides looking, and what the babysitter said."""
         asked = gcloud.parent / "calls"
         asked.write_text("")
@@ -74,7 +79,7 @@ def babysit(tmp_path):
         command = ["bash", tmp_path / "co" / "launch" / "babysit.sh", "draft", "--type", "v5litepod-16"]
         speed = ["--poll", "0", "--backoff", "0"]
         arguments = [*command, *speed, *options, "quickstart", "--workdir", "gs://b/r"]
-        env = {**os.environ, "PATH": f"{gcloud.parent}:{os.environ['PATH']}"}
+        env = {**os.environ, "REFUSE": refuse, "PATH": f"{gcloud.parent}:{os.environ['PATH']}"}
         with subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True) as process:
             if stop_when:
                 wait_for(lambda: asked.read_text().count(stop_when) == 2)
@@ -110,7 +115,7 @@ def test_gives_up_when_the_retries_are_used_up(babysit):
 def test_configuration_errors_are_not_tried_again(babysit):
     code, calls, said = babysit("NONE ACTIVE", "none,none; exited 2,running", "--delete")
     assert code == 2
-    assert calls == ["create", *BEGIN, "delete"]
+    assert calls == ["create", *BEGIN, "stop", "delete"]
     assert "exit code 2 (configuration): not tried again" in said
 
 
@@ -161,6 +166,18 @@ def test_a_slice_that_does_not_answer_is_made_anew(babysit):
     code, calls, said = babysit("ACTIVE " * 5 + "NONE ACTIVE", "silence; " * 5 + "none; exited 0")
     assert (code, calls) == (0, ["delete", "create", *BEGIN]), said
     assert "does not answer, five times in a row; retry 1" in said
+
+
+def test_nothing_is_deleted_while_gcloud_cannot_be_asked(babysit):
+    code, calls, said = babysit("ACTIVE " + "DENIED " * 9 + "ACTIVE", "running; exited 0")
+    assert (code, calls) == (0, ["run"])
+    assert said.count("no answer about the state of draft") == 9
+
+
+def test_a_slice_that_is_busy_with_another_run_is_left_alone(babysit):
+    code, calls, said = babysit("ACTIVE", "running", "--delete", refuse="busy")
+    assert (code, calls) == (1, [])
+    assert "draft is busy" in said
 
 
 def test_a_failed_request_is_made_anew(babysit):
