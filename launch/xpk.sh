@@ -55,10 +55,10 @@ case $verb in
     run)
         [[ -n "$type" && -n "$image" ]] || fail "give --type, such as v5litepod-16, and --image"
         need_shared_workdir "$@"
-        # exec: XPK sends SIGTERM to the shell it starts this in. 1 as well as 75: a process whose peer was preempted fails. 2 (configuration) is not tried again.
+        # 1 as well as 75: a process whose peer was preempted fails. 2 (configuration) is not tried again.
         workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$type" "--num-slices=$slices" \
             "--docker-image=$image" "--max-restarts=$restarts" --restart-on-exit-codes=1,75 \
-            --termination-grace-period-seconds=300 "--command=exec $(quote jaxdraft run "$@")"
+            --termination-grace-period-seconds=300 "--command=$(quote jaxdraft run "$@")"
         ;;
     watch) workload list "--cluster=$cluster" "--filter-by-job=$name" ;;
     logs)
