@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv at the top of this checkout: the pinned, hash-checked packages of requirements.lock, and jaxdraft itself, editable.
-# Run it as often as you like: it returns at once when nothing has changed. PYTHON=/path/to/python3 chooses the interpreter.
+# Run it as often as you like: it returns at once when nothing has changed. PYTHON=/path/to/python3 chooses the interpreter;
+# EXTRAS=tpu, cuda or k8s (several: cuda,k8s) adds what JAX needs there, and is remembered.
 set -euo pipefail
 unset CDPATH
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -47,8 +48,15 @@ PY
 }
 
 python=$(find_python)
-wanted=$(fingerprint "$python")
 stamp=.venv/jaxdraft-setup
+remembered=
+[[ ! -f $stamp ]] || read -r _ _ remembered <"$stamp" || true
+extras=${EXTRAS-$remembered}
+if [[ ! "$extras" =~ ^((tpu|cuda|k8s)(,(tpu|cuda|k8s))*)?$ ]]; then
+    printf 'setup: EXTRAS=%s: give tpu, cuda or k8s, several with commas: EXTRAS=cuda,k8s\n' "$extras" >&2
+    exit 2
+fi
+wanted="$(fingerprint "$python")${extras:+ $extras}"
 if [[ -x .venv/bin/python && -f $stamp && "$(<"$stamp")" == "$wanted" ]]; then
     exit 0
 fi
@@ -63,5 +71,10 @@ say "installing the pinned packages (a minute or two the first time)"
 pip_install() { .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input "$@"; }
 pip_install --require-hashes --only-binary :all: -r launch/requirements.lock
 pip_install --no-deps --no-build-isolation --editable .
+if [[ -n "$extras" ]]; then
+    jax=$(.venv/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("jax"))')
+    say "adding jax[$extras] for jax $jax"
+    pip_install --only-binary :all: "jax[$extras]==$jax"
+fi
 printf '%s\n' "$wanted" >"$stamp"
 say "done in $SECONDS s"

