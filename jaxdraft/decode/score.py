@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdraft.backend import platform
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+from jaxdraft.models.decoder import Decoder, Params, following, head_weight, logits
 from jaxdraft.sharding import BATCH_AXES
 
 
@@ -62,9 +62,8 @@ def top_scores(
 @functools.partial(jax.jit, static_argnames=("decoder", "k", "temperature", "mesh"))
 def _top_scores(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh):
     hidden_BTD = decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
-    next_BT = jnp.roll(segment_ids_BT, -1, axis=1).at[:, -1].set(0)
-    has_label_BT = (segment_ids_BT > 0) & (next_BT == segment_ids_BT)
-    labels_BT = jnp.where(has_label_BT, jnp.roll(tokens_BT, -1, axis=1), -1)
+    has_label_BT = (segment_ids_BT > 0) & (following(segment_ids_BT, 0) == segment_ids_BT)
+    labels_BT = jnp.where(has_label_BT, following(tokens_BT, -1), -1)
 
     def local(hidden_BTD, head_DV, labels_BT):
         chunk = min(_chunk(head_DV.shape[1]), labels_BT.size)

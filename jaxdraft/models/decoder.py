@@ -232,6 +232,15 @@ def _matrix_init(config: ModelConfig, name: str):
     return nn.initializers.normal(scale)
 
 
+def following(x_BT: jax.Array, last: float) -> jax.Array:
+    """Each token's successor in its row, and ``last`` after the last one.
+
+    Not by a write into the last column: cut over the row's tokens, XLA (CPU, jax 0.10) writes into that of every part.
+    """
+    T = x_BT.shape[1]
+    return jnp.where(jnp.arange(T) < T - 1, jnp.roll(x_BT, -1, axis=1), last)
+
+
 def causal_mask(shape: tuple[int, ...], segment_ids_BT: jax.Array | None, window: int | None) -> jax.Array:
     """``[B, T, T]``: whether a query sees a key of its row: not after it, in its segment, and within the window."""
     order_T = jnp.arange(shape[1])

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdraft.losses import Loss, Positions, Shared, batch_statistics, chunked, weighted
 from jaxdraft.models import Decoder, head_weight
-from jaxdraft.models.decoder import Params
+from jaxdraft.models.decoder import Params, following
 from jaxdraft.sharding import BATCH_AXES, batch_sharding, replicated
 from jaxdraft.train.state import OptimizerSettings, TrainState
 
@@ -114,9 +114,7 @@ def build_step(
 
 def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Labels ``[B, T]`` and their float32 weights: position t predicts token t + 1, the last position nothing."""
-    labels_BT = jnp.roll(batch["tokens"], -1, axis=1)
-    weights_BT = jnp.roll(batch["loss_mask"], -1, axis=1).at[:, -1].set(0.0)
-    return labels_BT, weights_BT
+    return following(batch["tokens"], 0), following(batch["loss_mask"], 0.0)
 
 
 class Work(NamedTuple):

@@ -119,7 +119,8 @@ def steps(name, mesh):
         jax.device_put(frozen, frozen_shardings),
         jax.device_put(rows, batch_sharding(mesh)),
     )
-    program = step.lower(*arguments).compile()
+    with jax.set_mesh(mesh):
+        program = step.lower(*arguments).compile()
 
     def run(*arguments):
         state, metrics = program(*arguments)
@@ -129,8 +130,10 @@ def steps(name, mesh):
 
 
 def main():
-    engine.default_chunk = lambda vocabulary: 8  # of the 24 positions of a device, or the 12 of a micro-batch
-    eight = MeshShape(data=4, fsdp=2).build()
+    engine.default_chunk = lambda vocabulary: (
+        8
+    )  # of a device's 24 positions (48 in whole rows), or half in micro-batches
+    eight = MeshShape(data=2, fsdp=2, tensor=2).build()
     one = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), eight.axis_names)
     for name in LOSSES:
         for mesh in one, eight:
