@@ -97,10 +97,9 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=None, window=None) -> jax.Arra
         interpret=platform() != "tpu",
     )
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
-    rows = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)]
-    if segment_ids_BT is not None:
-        rows.append(SegmentIds(segment_ids_BT, segment_ids_BT))
-    return jnp.swapaxes(jax.vmap(kernel)(*rows), 1, 2)
+    rows = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    segment_ids = None if segment_ids_BT is None else SegmentIds(segment_ids_BT, segment_ids_BT)
+    return jnp.swapaxes(jax.vmap(kernel)(*rows, segment_ids), 1, 2)
 
 
 def on_devices(attend: Attend, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window: int | None) -> jax.Array:
