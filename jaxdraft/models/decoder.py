@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdraft.backend import platform
+from jaxdraft.models.attention import attention, seen
 from jaxdraft.models.cache import KVCache, attend, slots, write
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.rope import rope_angles, rotate
@@ -38,7 +39,8 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, positions_BT, mask_BTS, cache=None):
+    def __call__(self, x_BTD, cos, sin, segment_ids_BT=None, cache=None, positions_BT=None, mask_BTS=None):
+        """The block's output, ``[B, T, D]``, and its cache; positions and mask are of the cache, segments of rows."""
         c = self.config
         D, N, K, H, F = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_size, c.intermediate_size
 
@@ -52,7 +54,7 @@ class Block(nn.Module):
             v_BTKH += self._weight("bv", (K, H), ("kv_heads", None), nn.initializers.zeros)
         q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
         if cache is None:
-            o_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None])
+            o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, c.sliding_window)
         else:
             cache = write(cache[0], k_BTKH, positions_BT), write(cache[1], v_BTKH, positions_BT)
             o_BTNH = attend(q_BTNH, cache[0], cache[1], mask_BTS)
@@ -127,22 +129,20 @@ class Decoder(nn.Module):
         x_BTD = constrain(jnp.take(table, tokens_BT, axis=0).astype(dtype), ("batch", None, None))
         long_B = long_B if cache is None else cache.long_B
         cos, sin = rope_angles(positions_BT, c.head_size, c.rope_theta, c.rope_scaling, c.max_positions, long_B)
-        if cache is None:
-            mask_BTS = causal_mask(tokens_BT.shape, segment_ids_BT, c.sliding_window)
-        else:
-            mask_BTS = _seen(positions_BT[:, :, None], jnp.arange(slots(cache)), c.sliding_window)
-
         if self.scan:
-            x_BTD, _ = self._scanned(dtype)(x_BTD, cos, sin, positions_BT, mask_BTS)
-        else:
-            caches = []
+            x_BTD, _ = self._scanned(dtype)(x_BTD, cos, sin, segment_ids_BT)
+        elif cache is None:
             for i in range(c.num_layers):
-                layer = None if cache is None else (cache.k[i], cache.v[i])
-                x_BTD, layer = Block(c, dtype, name=f"layers_{i}")(x_BTD, cos, sin, positions_BT, mask_BTS, layer)
-                caches.append(layer)
-            if cache is not None:
-                k, v = zip(*caches, strict=True)
-                cache = cache.replace(k=k, v=v)
+                x_BTD, _ = Block(c, dtype, name=f"layers_{i}")(x_BTD, cos, sin, segment_ids_BT)
+        else:
+            mask_BTS = seen(positions_BT[:, :, None], jnp.arange(slots(cache)), c.sliding_window)
+            layers = []
+            for i, layer in enumerate(zip(cache.k, cache.v, strict=True)):
+                block = Block(c, dtype, name=f"layers_{i}")
+                x_BTD, layer = block(x_BTD, cos, sin, None, layer, positions_BT, mask_BTS)
+                layers.append(layer)
+            k, v = zip(*layers, strict=True)
+            cache = cache.replace(k=k, v=v)
 
         norm_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         norm = self.param("final_norm", norm_init, (c.hidden_size,), jnp.float32)
@@ -239,18 +239,3 @@ def following(x_BT: jax.Array, last: float) -> jax.Array:
     """
     T = x_BT.shape[1]
     return jnp.where(jnp.arange(T) < T - 1, jnp.roll(x_BT, -1, axis=1), last)
-
-
-def causal_mask(shape: tuple[int, ...], segment_ids_BT: jax.Array | None, window: int | None) -> jax.Array:
-    """``[B, T, T]``: whether a query sees a key of its row: not after it, in its segment, and within the window."""
-    order_T = jnp.arange(shape[1])
-    seen_1TT = _seen(order_T[:, None], order_T, window)[None]
-    if segment_ids_BT is None:
-        return jnp.broadcast_to(seen_1TT, (shape[0], *seen_1TT.shape[1:]))
-    return seen_1TT & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
-
-
-def _seen(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
-    """Whether a query at one place sees a key at another: not after it, and fewer than ``window`` places before."""
-    causal = key <= query
-    return causal if window is None else causal & (key > query - window)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
-from jaxdraft.models.decoder import Block, Params, causal_mask, compute_dtype, head_weight, rms_norm
+from jaxdraft.models.decoder import Block, Params, compute_dtype, head_weight, rms_norm
 from jaxdraft.models.rope import rope_angles
 
 SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size")
@@ -129,14 +129,13 @@ def importance(config: ModelConfig, params: Params, tokens_BT: jax.Array, is_tex
     c, dtype = config, compute_dtype()
     order_T = jnp.arange(tokens_BT.shape[1])
     cos, sin = rope_angles(order_T[None], c.head_size, c.rope_theta, c.rope_scaling, c.max_positions)
-    mask_1TT = causal_mask((1, len(order_T)), None, c.sliding_window)
     block, ones_D = Block(c, dtype), jnp.ones(c.hidden_size)
 
     def row(text):
         tokens_T, is_text_T = text
 
         def layer_of_row(x_1TD, layer):
-            x_1TD, _ = block.apply({"params": layer}, x_1TD, cos, sin, order_T[None], mask_1TT)
+            x_1TD, _ = block.apply({"params": layer}, x_1TD, cos, sin)
             size_TD = jnp.abs(rms_norm(x_1TD[0].astype(jnp.float32), ones_D, c.rms_norm_eps))
             return x_1TD, jnp.sum(size_TD * is_text_T[:, None], axis=0)
 

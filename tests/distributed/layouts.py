@@ -4,7 +4,7 @@
 
 A layout is processes × devices of each. Every run is the real command in processes of its own. Held against the first
 layout (RELIABILITY): the order of the data and everything made on the host is the same to the byte (tier B), losses are
-within 1e-5 and float32 parameters within relative L2 1e-5 per 100 steps (tier C), both relative to the largest.
+within 1e-5 (relatively where they are above 1), and float32 parameters within relative L2 1e-5 per 100 steps (tier C).
 """
 
 import argparse
@@ -21,9 +21,7 @@ from safetensors.numpy import load_file
 
 def run(recipe, workdir, processes, devices, *arguments, timeout=3000):
     """Runs a recipe, returns what its processes wrote to standard error; raises RuntimeError with it if one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     command = [sys.executable, "-m", "jaxdraft.cli", "run", str(recipe), "--workdir", str(workdir), *arguments]
@@ -45,6 +43,12 @@ def run(recipe, workdir, processes, devices, *arguments, timeout=3000):
     return texts
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
@@ -54,14 +58,14 @@ def differences(one, other):
     found = {"loss": 0.0, "parameters": 0.0, "tokens": 0}
     records = {path.parent.name: json.loads(path.read_text()) for path in sorted(one.glob("*/stage.json"))}
     assert records.keys() == {path.parent.name for path in other.glob("*/stage.json")}
-    for name, record in records.items():
+    for name, record in sorted(records.items(), key=lambda item: item[1]["kind"] != "Generate"):
         assert json.loads((other / name / "stage.json").read_text())["status"] == "done", name
         if record["kind"] in ("TrainTokenizer", "Prepare"):
             for file in record["outputs"]:
                 assert (one / name / file).read_bytes() == (other / name / file).read_bytes(), f"{name}/{file}"
         if record["kind"] == "Train":
             for a, b in zip(lines(one / name / "metrics.jsonl"), lines(other / name / "metrics.jsonl"), strict=True):
-                if not record["inputs"].keys() & _decoded(records):
+                if not found["tokens"]:  # else the answers that are trained on differ
                     assert a["tokens"] == b["tokens"], f"{name}: another order of rows at step {a['step']}"
                 found["loss"] = max(found["loss"], abs(a["loss"] - b["loss"]) / max(1.0, abs(a["loss"])))
             a, b = (load_file(run / name / "model" / "model.safetensors") for run in (one, other))
@@ -77,10 +81,6 @@ def differences(one, other):
 
 
 _SAME = ("id", "writer", "temperature", "top_p", "seed", "prompt_tokens")
-
-
-def _decoded(records):
-    return {name for name, record in records.items() if record["kind"] == "Generate"}
 
 
 def main():
