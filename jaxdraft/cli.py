@@ -18,6 +18,7 @@ RUN_EXAMPLE = """examples:
   jaxdraft run configs/tinystories.py --workdir runs/mine --set target.path=MODEL_FOLDER --set text.path=FILE.txt
   jaxdraft run quickstart --workdir runs/quickstart --set seed=1 --set distill-kl.steps=50
   jaxdraft run quickstart --workdir runs/quickstart --list
+  jaxdraft run quickstart --workdir runs/profiled --only tokenizer corpus target --profile 10:20
 
 The same command again does only what is missing, and goes on where it was interrupted."""
 EVALUATE_EXAMPLE = """example:
@@ -82,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be given repeatedly"
     )
     run.add_argument("--only", action="extend", nargs="+", default=[], metavar="STAGE", help="run only these stages")
+    run.add_argument(
+        "--profile",
+        type=_range,
+        metavar="10:20",
+        help="trace these steps of each Train stage into its folder profile/, for TensorBoard or Perfetto",
+    )
     run.add_argument("--list", action="store_true", help="list the stages and their state, and stop")
     run.add_argument("--dry-run", action="store_true", help="say what would run and with which settings, and stop")
 
@@ -157,7 +164,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
                 print(f"    {plan.stage}")
         return
     initialize()
-    report = run(recipe, options.workdir, options.only, command)
+    report = run(recipe, options.workdir, options.only, command, options.profile)
     if report is not None:
         print(report)
 
@@ -252,6 +259,13 @@ def _integers(text: str) -> tuple[int, ...]:
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: block sizes are at least 1")
     return values
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write the first step and the one to stop before, as in 10:20")
+    return int(first), int(end)
 
 
 def _seed(text: str) -> int:

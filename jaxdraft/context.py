@@ -26,10 +26,17 @@ _TRAINED_BYTES = 16  # float32 weights, gradients and two moments
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A recipe in its run directory."""
+    """A recipe in its run directory.
+
+    Attributes:
+      recipe: the recipe.
+      workdir: the run directory.
+      profile: first step to trace of each Train stage, and the one to stop before.
+    """
 
     recipe: Recipe
     workdir: Path
+    profile: tuple[int, int] | None = None
 
     def folder(self, stage: str) -> Path:
         return self.workdir / stage

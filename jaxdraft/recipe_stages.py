@@ -103,7 +103,8 @@ class Train(OptimizerSettings, Stage):
       reference: the Train stage whose draft is compared with, for a loss whose ``weights`` need one (``AdaSPEC``).
       seed: of the order of the rows, of a random start and of what the loss draws; ``None`` is the recipe's.
       accumulate: micro-batches per update.
-      remat: recompute activations in the backward pass.
+      remat: what the backward pass computes again to save memory: ``"none"``; ``"dots"``, all but the products with
+        weights; ``"full"``, each block from its input, a third more work.
       save_every: steps between checkpoints to resume from.
       keep_every: steps between checkpoints that are kept, for block efficiency over training.
       probe: the Generate stage on whose answers block efficiency is measured while this one learns, exact and without
@@ -126,7 +127,7 @@ class Train(OptimizerSettings, Stage):
     reference: str | None = None
     seed: int | None = None
     accumulate: int = 1
-    remat: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
     save_every: int = 1000
     keep_every: int | None = None
     probe: str | None = None

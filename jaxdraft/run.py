@@ -54,7 +54,13 @@ class Plan:
     output: str = ""
 
 
-def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequence[str] = ()) -> Path | None:
+def run(
+    recipe: Recipe,
+    workdir: Path,
+    only: Sequence[str] = (),
+    command: Sequence[str] = (),
+    profile: tuple[int, int] | None = None,
+) -> Path | None:
     """Runs what is missing and returns the report's path; ``None`` if not one stage has run yet.
 
     A stage whose settings or inputs have changed runs again, and so do those that read what it makes if that comes
@@ -65,6 +71,7 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
       workdir: the run directory; made if it does not exist.
       only: run these stages only.
       command: the command line, for ``run.json``.
+      profile: first step to trace of each Train stage, and the one to stop before.
 
     Raises:
       ConfigError: a setting or an input is wrong.
@@ -72,7 +79,7 @@ def run(recipe: Recipe, workdir: Path, only: Sequence[str] = (), command: Sequen
     """
     for name in only:
         recipe.stage(name)
-    context = Context(recipe, workdir)
+    context = Context(recipe, workdir, profile)
     with contextlib.ExitStack() as held, _interruptible():
         on_lead(lambda: _begin(context, held))
         _ = context.mesh  # one that does not fit is told now

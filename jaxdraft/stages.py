@@ -93,6 +93,7 @@ def run_train(stage: Train, context: Context) -> Outputs:
         keep_every=stage.keep_every,
         measure=measure,
         measure_every=stage.probe_every or max(1, stage.steps // 10),
+        profile=context.profile,
     )
     params = fetch(params)
     if not is_lead():

@@ -23,7 +23,7 @@ def setting(assignment, name):
     [
         ("distill.steps=1_000", "steps", 1000),
         ("distill.learning_rate=3e-4", "learning_rate", 3e-4),
-        ("distill.remat=true", "remat", True),
+        ("distill.remat=dots", "remat", "dots"),
         ("distill.decay=cosine", "decay", "cosine"),
         ("distill.keep_every=none", "keep_every", None),
         ("distill.loss=KL", "loss", KL()),

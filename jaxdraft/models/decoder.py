@@ -9,7 +9,7 @@ V vocabulary, R rows of a draft vocabulary.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -83,13 +83,14 @@ class Decoder(nn.Module):
       dtype: of activations and of the weights where they are used; ``None`` takes ``compute_dtype()``.
       scan: run one scanned block over stacked layers (``params["layers"]``), or every block by itself over the
         parameters that ``for_decoding`` unstacks. A cache needs ``scan=False``.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again instead of keeping it: ``"none"``; ``"dots"``, all but the products
+        with weights; ``"full"``, each block from its input.
     """
 
     config: ModelConfig
     dtype: Any = None
     scan: bool = True
-    remat: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
 
     @nn.compact
     def __call__(
@@ -150,7 +151,10 @@ class Decoder(nn.Module):
         return x_BTD if cache is None else (x_BTD, cache)
 
     def _scanned(self, dtype):
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=policies[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -17,7 +17,7 @@ from jaxdraft.losses import Loss
 from jaxdraft.models import Decoder
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.sharding import batch_sharding, row_groups
-from jaxdraft.tracking import StepLog, progress_bar
+from jaxdraft.tracking import StepLog, progress_bar, say
 from jaxdraft.train.state import OptimizerSettings, abstract_state, create_state, state_shardings
 from jaxdraft.train.step import build_step
 
@@ -38,6 +38,7 @@ def train(
     keep_every: int | None = None,
     measure: Callable[[Params], Sequence[dict[str, Any]]] | None = None,
     measure_every: int = 1000,
+    profile: tuple[int, int] | None = None,
 ) -> Params:
     """Trains to the last step and returns the parameters; a second call with the same folder goes on where it stood.
 
@@ -58,6 +59,7 @@ def train(
       measure: gives the lines of ``block_efficiency.jsonl`` for the parameters it is shown: before the first step,
         after the last, and in between.
       measure_every: steps between measurements.
+      profile: first step to trace into ``profile/``, and the one to stop before.
     """
     shardings = state_shardings(draft.config, optimizer, mesh)
     models = {name: model for name, (model, _) in (frozen or {}).items()}
@@ -74,7 +76,9 @@ def train(
         log = _Log(folder, start, optimizer.steps, measured=measured)
         if measure is not None and start == 0:
             log.measured(0, measure(state.params))
+        tracer = _Tracer(folder / "profile", *(profile or (-1, -1)))
         for step in range(start, optimizer.steps):
+            tracer.before(step, state)
             batch = _place(batches, step, mesh, accumulate)
             state, metrics = step_fn(state, frozen_params, batch)
             log.dispatched(step + 1, metrics)
@@ -85,6 +89,7 @@ def train(
             if finished or (step + 1) % save_every == 0 or (keep_every and (step + 1) % keep_every == 0):
                 log.flush()
                 checkpoints.save(step + 1, state)
+        tracer.stop(state)
         checkpoints.wait()
         log.close()
     return state.params
@@ -110,6 +115,28 @@ def _place(batches: Batches, step: int, mesh: Mesh, accumulate: int) -> dict[str
         name: jax.make_array_from_callback((size, *x.shape[1:]), sharding, functools.partial(on_device, x))
         for name, x in rows.items()
     }
+
+
+class _Tracer:
+    """JAX's profiler over a range of steps, with nothing of the steps around it."""
+
+    def __init__(self, folder: Path, first: int, end: int):
+        self._folder, self._first, self._end, self._running = folder, first, end, False
+
+    def before(self, step: int, state: Any) -> None:
+        if step == self._first:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        if step == self._end:
+            self.stop(state)
+
+    def stop(self, state: Any) -> None:
+        if self._running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
+            say(f"    steps {self._first} to {self._end - 1} traced into {self._folder}")
 
 
 class _Log:

@@ -54,7 +54,8 @@ def test_parameter_count_is_what_is_initialised():
 def test_scan_remat_and_unrolled_layers_agree(tiny_params):
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, TINY.vocabulary)
     scanned = full_logits(TINY, tiny_params, tokens)
-    np.testing.assert_array_equal(full_logits(TINY, tiny_params, tokens, remat=True), scanned)
+    for remat in ("dots", "full"):
+        np.testing.assert_array_equal(full_logits(TINY, tiny_params, tokens, remat=remat), scanned)
     unrolled = for_decoding(TINY, tiny_params)
     assert_same_sums(full_logits(TINY, unrolled, tokens, scan=False), scanned)
 
