@@ -36,6 +36,14 @@ CHECK_EXAMPLE = """example:
   jaxdraft check --target TARGET_FOLDER --draft DRAFT_FOLDER --engine vllm
 
 Exit code 2 if anything would not work."""
+PLAN_EXAMPLE = """examples:
+  jaxdraft plan tinystories --set target.path=MODEL_FOLDER --set text.path=FILE.txt --hardware 8xH100
+  jaxdraft plan my_recipe.py --topology v5e:4x4 --only pretrain distill --json plan.json
+
+The first counts parameters, tokens, storage, operations and hours. It reads no weights and no text: a folder with the
+target's config.json is enough. The second also compiles the programs of these stages for TPUs that need not be there,
+which takes a minute or more each, and says what they take of each chip. This needs the TPU compiler: pip install
+libtpu"""
 INSPECT_EXAMPLE = """examples:
   jaxdraft inspect MODEL_FOLDER
   jaxdraft inspect runs/quickstart"""
@@ -132,6 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--engine", action="append", choices=(*_ENGINES, "all"), help="may be given repeatedly (default: all)"
     )
+
+    plan = verb("plan", _plan, "say what a recipe takes, before anything runs", PLAN_EXAMPLE)
+    plan.add_argument("recipe", help="a recipe file, or the name of one in configs/")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be given repeatedly"
+    )
+    plan.add_argument("--hardware", metavar="8xH100", help="accelerators to count hours for (default: 8xH100)")
+    plan.add_argument("--topology", metavar="v5e:4x4", help="TPUs to compile for; 2xv5e:4x4 is two slices")
+    plan.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="with --topology: compile these stages")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
     inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
     inspect.add_argument("folder", help="a model folder, owner/name[@revision] on the hub, or a run directory")
@@ -242,6 +260,22 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
     engines = ENGINES if "all" in asked else tuple(engine for engine in ENGINES if engine in asked)
     if not run_check(model_folder(options.target), model_folder(options.draft), engines):
         raise ConfigError("something would not work: see above")
+
+
+def _plan(options: argparse.Namespace, command: list[str]) -> None:
+    if options.topology is not None:
+        # Before jax starts: the compiler is asked for TPUs that are not here, and this process computes nothing.
+        os.environ |= {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any will do: the topology that is compiled for is named apart
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "JAX_ENABLE_COMPILATION_CACHE": "0",  # which cannot read what was compiled for other devices
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so nothing is to be locked
+        }
+    from jaxdraft.plan.command import plan
+
+    plan(options.recipe, options.set, options.hardware, options.topology, options.only, options.json)
 
 
 def _inspect(options: argparse.Namespace, command: list[str]) -> None:

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -73,17 +75,25 @@ class Context:
         Raises:
           ConfigError: the recipe's mesh does not fit the devices, the models or the batches.
         """
-        trained = [stage for stage in self.recipe.stages if isinstance(stage, Train)]
-        rows = math.gcd(*(stage.batch_size // stage.accumulate for stage in trained)) or None
-        sizes = [(_TRAINED_BYTES * _parameters(stage.model or self.recipe.draft)) for stage in trained]
-        frozen = compute_dtype().itemsize * _parameters(self.target_shape)
-        return self.recipe.mesh.build(Load(frozen + max(sizes, default=0), rows, self._heads))
+        return self.mesh_on(None)
 
     @cached_property
     def decode_mesh(self) -> Mesh:
         """The same devices as they are used to write text."""
+        return self.decode_mesh_on(self.mesh)
+
+    def mesh_on(self, devices: Sequence[Any] | None) -> Mesh:
+        """``mesh`` for other devices than those at hand; their dtype is that of ``backend.platform``."""
+        trained = [stage for stage in self.recipe.stages if isinstance(stage, Train)]
+        rows = math.gcd(*(stage.batch_size // stage.accumulate for stage in trained)) or None
+        sizes = [(_TRAINED_BYTES * _parameters(stage.model or self.recipe.draft)) for stage in trained]
+        frozen = compute_dtype().itemsize * _parameters(self.target_shape)
+        return self.recipe.mesh.build(Load(frozen + max(sizes, default=0), rows, self._heads), devices)
+
+    def decode_mesh_on(self, mesh: Mesh) -> Mesh:
+        """``decode_mesh`` for a mesh of ``mesh_on``."""
         bytes = compute_dtype().itemsize * (_parameters(self.target_shape) + _parameters(self.recipe.draft))
-        return self.recipe.mesh.for_decoding(self.mesh, Load(bytes, heads=self._heads))
+        return self.recipe.mesh.for_decoding(mesh, Load(bytes, heads=self._heads))
 
     @property
     def _heads(self) -> tuple[int, ...]:

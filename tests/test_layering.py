@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "probe": BELOW_STAGES | {"context", "recipe"},
     "stages": BELOW_STAGES | {"context", "data_stages", "export", "probe", "recipe", "settings", "stored_targets"},
     "run": BELOW_STAGES | {"__init__", "context", "recipe", "settings", "stages"},
-    "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "recipe_file", "run"},
+    "plan": BELOW_STAGES | {"context", "recipe", "recipe_file", "stored_targets"},
+    "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "plan", "recipe_file", "run"},
 }
 
 

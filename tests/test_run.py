@@ -30,6 +30,10 @@ from jaxdraft.losses import KL, TVDPlusPlus
 from jaxdraft.models import Decoder, head_weight, logits
 from jaxdraft.models.hf import load_config, load_model
 from jaxdraft.models.subclone import project_embedding, subclone
+from jaxdraft.plan.hardware import Hardware
+from jaxdraft.plan.shapes import PlannedContext
+from jaxdraft.plan.stages import plan_stages, row_bytes
+from jaxdraft.recipe import TopK
 from jaxdraft.recipe_file import load_recipe
 from jaxdraft.run import plan_all, run
 from jaxdraft.settings import to_json
@@ -531,3 +535,26 @@ def test_a_loss_is_tried_once_and_again_when_it_has_changed(copy, monkeypatch):
     assert tried == []
     run(load_recipe(TINY, ["distill.loss=KL"]), copy, only=["vocabulary"])
     assert tried == [(KL(), False)]
+
+
+def test_plan_foretells_what_lies_there(tiny_run):
+    """Up to what containers add: under 100 bytes a row, 128 KiB a file, headers; checkpoints are compressed."""
+    context = PlannedContext.of(load_recipe(TINY))
+    plans = {plan.name: plan for plan in plan_stages(context, Hardware("H100", 1))}
+    for name, keep in {"corpus": None, "responses": TopK(4)}.items():
+        manifest = json.loads((tiny_run / name / "manifest.json").read_text())
+        row = manifest["length"] * row_bytes(400, keep)
+        [stored] = (tiny_run / name).glob("*.array_record")
+        assert row * manifest["rows"] < stored.stat().st_size < (row + 100) * manifest["rows"] + 2**17
+    for name, count in {"target": 2, "pretrain": 2}.items():
+        planned = plans[name].storage
+        kept = sorted((tiny_run / name / "checkpoints").glob("[0-9]*"))
+        assert len(kept) == count
+        files = [path for path in (tiny_run / name / "checkpoints").rglob("d/*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) == pytest.approx(planned["2 checkpoints"], rel=0.1)
+        weights = (tiny_run / name / "model" / "model.safetensors").stat().st_size
+        assert 0 < weights - planned["model"] < 4096
+    assert len(list((tiny_run / "distill" / "checkpoints").glob("[0-9]*"))) == 3
+    assert "3 checkpoints" in plans["distill"].storage
+    exported = (tiny_run / "export" / "model.safetensors").stat().st_size
+    assert 0 < exported - plans["export"].storage["model"] < 4096
