@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxdraft.backend import assumed
 from jaxdraft.errors import ConfigError
 from jaxdraft.plan.compiled import Compiled, compile_program, topology_devices
-from jaxdraft.plan.hardware import Hardware, Topology, parse_hardware, parse_topology
+from jaxdraft.plan.hardware import Hardware, parse_hardware, parse_topology
 from jaxdraft.plan.programs import programs
 from jaxdraft.plan.report import compiled_json, compiled_report, report, to_json
 from jaxdraft.plan.shapes import PlannedContext
@@ -47,14 +48,15 @@ def plan(
         context.recipe.stage(stage)
     if only and slices is None:
         raise ConfigError("--only names stages to compile: give --topology, such as v5e:4x4")
+    devices = None if slices is None else topology_devices(slices)
     plans = plan_stages(context, chips)
     print("\n".join(report(context, plans, chips)), flush=True)
     found = to_json(context, plans, chips)
-    if slices is not None:
+    if slices is not None and devices is not None:
         found["programs"] = []
         if slices.slices > 1:
             print("Between slices collectives take the data centre's network, which is slower than is counted here.")
-        for compiled in compile_stages(context, plans, slices, only):
+        for compiled in compile_stages(context, plans, slices.hardware, devices, only):
             print("\n".join(compiled_report(compiled, slices.hardware)), flush=True)
             found["programs"].append(compiled_json(compiled, slices.hardware))
             if out is not None:  # what is done is worth keeping: each takes a minute
@@ -64,14 +66,17 @@ def plan(
 
 
 def compile_stages(
-    context: PlannedContext, plans: Sequence[StagePlan], topology: Topology, only: Sequence[str] = ()
+    context: PlannedContext,
+    plans: Sequence[StagePlan],
+    hardware: Hardware,
+    devices: Sequence[Any],
+    only: Sequence[str] = (),
 ) -> Iterator[Compiled]:
-    """Every program of these stages, or of all, compiled for the topology."""
-    devices = topology_devices(topology)
+    """Every program of these stages, or of all, compiled for the devices of a topology."""
     with assumed("tpu"):
         for stage, plan in zip(context.recipe.stages, plans, strict=True):
             if only and stage.name not in only:
                 continue
             for program in programs(context, stage, plan, devices):
                 say(f"compiling {program.stage}: {program.name}")
-                yield compile_program(program, topology.hardware)
+                yield compile_program(program, hardware)

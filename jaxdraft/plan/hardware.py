@@ -1,5 +1,6 @@
 """Published rates of accelerators, per chip."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -101,10 +102,12 @@ def parse_topology(text: str) -> Topology:
     """
     tpus = {name: 3 if name in ("v4", "v5p") else 2 for name in CHIPS if name.startswith("v")}
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+?):([1-9]\d*(?:x[1-9]\d*)*)", text)
-    if not found or found[2] not in tpus or found[3].count("x") + 1 != tpus[found[2]]:
+    sizes = tuple(map(int, found[3].split("x"))) if found else ()
+    uneven = math.prod(sizes) > 1 and any(size % 2 for size in sizes[:2])
+    if not found or found[2] not in tpus or len(sizes) != tpus[found[2]] or uneven:
         shapes = ", ".join(f"{name}:{'x'.join('ABC'[:axes])}" for name, axes in tpus.items())
         raise ConfigError(
             f"--topology {text}: known are {shapes}, as in v5e:4x4 or v5p:2x2x2; 2xv5e:4x4 is two slices. A host has 4 "
             "chips in a square, so A and B are even"
         )
-    return Topology(found[2], tuple(map(int, found[3].split("x"))), int(found[1] or 1))
+    return Topology(found[2], sizes, int(found[1] or 1))

@@ -116,7 +116,7 @@ def test_unknown_hardware_names_the_known(text):
         parse_hardware(text)
 
 
-@pytest.mark.parametrize("text", ["v5e", "v3:2x2", "v5e:2x2x2", "v5p:4x4", "v5e:0x4"])
+@pytest.mark.parametrize("text", ["v5e", "v3:2x2", "v5e:2x2x2", "v5p:4x4", "v5e:0x4", "v5e:3x4"])
 def test_unknown_topologies_name_the_known(text):
     with pytest.raises(ConfigError, match=r"v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB"):
         parse_topology(text)
