@@ -79,7 +79,7 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if head := _HEAD.match(line):
             current = found.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's attributes span lines, and some begin with a brace
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current.append(Instruction(*match.groups()))
