@@ -73,7 +73,7 @@ def recipe(
                 loss=CrossEntropy(),
                 probe_block_sizes=(),
             ),
-            train("distill", 1000, init="finetune", data="responses", loss=KL(), accumulate=2),
+            train("distill", 1000, init="finetune", data="responses", loss=KL(), accumulate=4),
             Evaluate(
                 "evaluate",
                 drafts=("pretrain", "continue", "finetune"),
