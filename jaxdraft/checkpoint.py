@@ -22,15 +22,16 @@ class Checkpoints:
     """The checkpoints of one stage: the newest two, and those kept for good.
 
     Args:
-      folder: made if it does not exist.
+      folder: made if it does not exist; ``gs://bucket/path`` is written to by every process directly.
       keep_every: keep the steps that this divides; ``None`` keeps the newest two only.
     """
 
-    def __init__(self, folder: Path, keep_every: int | None = None):
+    def __init__(self, folder: Path | str, keep_every: int | None = None):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, keep_period=keep_every, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        place = folder if "://" in str(folder) else Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(place, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verb("run", _run, "run what is missing of a recipe", RUN_EXAMPLE)
     run.add_argument("recipe", help="a recipe file, or the name of one in configs/")
-    run.add_argument("--workdir", type=Path, required=True, help="the run directory, for all that is made")
+    run.add_argument("--workdir", required=True, help="the run directory, for all that is made: a path, or gs://…")
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be given repeatedly"
     )
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", _evaluate, "measure a draft for a target, both Hugging Face folders", EVALUATE_EXAMPLE)
     _add_pair(evaluate, draft_required=True)
-    evaluate.add_argument("--prompts", type=Path, required=True, help="JSONL file of prompts")
+    evaluate.add_argument("--prompts", required=True, help="JSONL file of prompts")
     evaluate.add_argument("--task", help="name of the task in the results (default: name of the prompts file)")
     evaluate.add_argument("--block-sizes", type=_integers, default=(3, 5), metavar="3,5", help="γ (default: 3,5)")
     _add_decoding(evaluate)
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_decoding(sample)
 
     export = verb("export", _export, "write a stage's model as a Hugging Face folder", EXPORT_EXAMPLE)
-    export.add_argument("--run", type=Path, help="a run directory")
+    export.add_argument("--run", help="a run directory: a path, or gs://…")
     export.add_argument("--stage", help="a Train stage of it")
     export.add_argument("--untrained", action="store_true", help="random weights, with --target and --shape")
     export.add_argument("--target", help="with --untrained: the model the draft is to be for")
@@ -172,7 +172,9 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.distributed import initialize
     from jaxdraft.recipe_file import load_recipe
+    from jaxdraft.remote import is_url
     from jaxdraft.run import plan_all, run
+    from jaxdraft.tracking import say
 
     recipe = load_recipe(options.recipe, options.set)
     if options.list or options.dry_run:
@@ -185,6 +187,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     report = run(recipe, options.workdir, options.only, command, options.profile)
     if report is not None:
         print(report)
+        if is_url(options.workdir):
+            say(f"kept in {options.workdir}")
 
 
 def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
@@ -195,7 +199,7 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
         target=model_folder(options.target),
         draft=model_folder(options.draft),
         prompts=options.prompts,
-        task=options.task or options.prompts.stem,
+        task=options.task or Path(options.prompts).stem,
         block_sizes=options.block_sizes,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -225,6 +229,7 @@ def _sample(options: argparse.Namespace, command: list[str]) -> None:
 
 def _export(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.export import export_stage, export_untrained
+    from jaxdraft.home import open_home
     from jaxdraft.models.hub import model_folder
 
     if options.untrained:
@@ -240,8 +245,13 @@ def _export(options: argparse.Namespace, command: list[str]) -> None:
         return
     if options.run is None or options.stage is None:
         raise ConfigError("name what to export: --run and --stage, or --untrained and --target")
+    home = open_home(options.run, None)
+    home.fetch_records()
+    for stage in (options.stage, options.evaluation):
+        if stage is not None:
+            home.fetch(stage)
     export_stage(
-        options.run,
+        home.folder,
         options.stage,
         options.out,
         dtype=options.dtype,

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxdraft.data.records import PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import MODEL
+from jaxdraft.home import Home
 from jaxdraft.models import ModelConfig, compute_dtype
 from jaxdraft.models.folder import weight_files
 from jaxdraft.models.hf import load_config
@@ -32,13 +33,17 @@ class Context:
 
     Attributes:
       recipe: the recipe.
-      workdir: the run directory.
+      home: the run directory, and where it is kept.
       profile: first step to trace of each Train stage, and the one to stop before.
     """
 
     recipe: Recipe
-    workdir: Path
+    home: Home
     profile: tuple[int, int] | None = None
+
+    @property
+    def workdir(self) -> Path:
+        return self.home.folder
 
     def folder(self, stage: str) -> Path:
         return self.workdir / stage
@@ -52,9 +57,12 @@ class Context:
         target = self.recipe.target
         return model_folder(target.path, target.revision) if isinstance(target, HFModel) else self.model_folder(target)
 
-    @property
+    @cached_property
     def tokenizer_folder(self) -> Path:
-        return self.target_folder if self.recipe.tokenizer is None else self.folder(self.recipe.tokenizer)
+        if self.recipe.tokenizer is None:
+            return self.target_folder
+        self.home.fetch(self.recipe.tokenizer)
+        return self.folder(self.recipe.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -90,6 +90,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
             answers = _answers(stage, context, models, shard, bar.update)
             if is_lead():
                 write_jsonl(path, answers)
+                context.home.keep(path)
     models.clear()  # the scoring pass loads the target in the shape for training
     lines = [line for path in paths for line in read_jsonl(path)] if is_lead() else []
 

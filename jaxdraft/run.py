@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import time
@@ -20,8 +19,9 @@ import jax
 
 from jaxdraft import __version__
 from jaxdraft.context import Context, sha256
-from jaxdraft.distributed import is_lead, on_lead
+from jaxdraft.distributed import is_lead, on_all, on_lead
 from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.home import Home, open_home
 from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
@@ -29,7 +29,6 @@ from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, ON_DEVICES, external_inputs
 from jaxdraft.tracking import say
 
-SUPERSEDED = "superseded"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
 
@@ -54,9 +53,22 @@ class Plan:
     output: str = ""
 
 
+# What the report reads of a stage, besides its record.
+REPORTED = (
+    "results.json",
+    "samples.jsonl",
+    "metrics.jsonl",
+    "block_efficiency.jsonl",
+    "checkpoints.jsonl",
+    "config.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+)
+
+
 def run(
     recipe: Recipe,
-    workdir: Path,
+    workdir: Path | str,
     only: Sequence[str] = (),
     command: Sequence[str] = (),
     profile: tuple[int, int] | None = None,
@@ -68,7 +80,7 @@ def run(
 
     Args:
       recipe: the recipe.
-      workdir: the run directory; made if it does not exist.
+      workdir: the run directory, made if it does not exist; ``gs://bucket/path`` keeps it in a bucket.
       only: run these stages only.
       command: the command line, for ``run.json``.
       profile: first step to trace of each Train stage, and the one to stop before.
@@ -79,7 +91,8 @@ def run(
     """
     for name in only:
         recipe.stage(name)
-    context = Context(recipe, workdir, profile)
+    home = open_home(workdir, jax.process_index())
+    context = Context(recipe, home, profile)
     with contextlib.ExitStack() as held, _interruptible():
         on_lead(lambda: _begin(context, held))
         _ = context.mesh  # one that does not fit is told now
@@ -97,11 +110,11 @@ def run(
             else:
                 say(f"{banner}: {plan.reason}")
                 if not ran and is_lead():
-                    _write_json(workdir / "run.json", _run_json(context, command))
+                    _write_json(home, "run.json", _run_json(context, command))
                 made[stage.name] = _execute(plan, context)
                 ran = True
         if ran and is_lead():
-            _write_json(workdir / "run.json", {**_run_json(context, command), "outputs": made})
+            _write_json(home, "run.json", {**_run_json(context, command), "outputs": made})
         return Path(report) if (report := on_lead(lambda: _report(context))) else None
 
 
@@ -109,10 +122,12 @@ def _begin(context: Context, held: contextlib.ExitStack) -> None:
     """What is done once before the first stage: the lock, which ``held`` releases, and all checks that need no data."""
     context.workdir.mkdir(parents=True, exist_ok=True)
     held.enter_context(_locked(context.workdir))
+    held.enter_context(context.home.held())
+    context.home.fetch_records()
     _check_starts(context)
     _check_losses(context)
     if not _holds(context.workdir / "recipe.json", _recipe_json(context.recipe)):
-        _write_json(context.workdir / "recipe.json", _recipe_json(context.recipe))
+        _write_json(context.home, "recipe.json", _recipe_json(context.recipe))
 
 
 def _shared_plan(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
@@ -121,9 +136,10 @@ def _shared_plan(stage: Stage, context: Context, made: Mapping[str, str]) -> Pla
     return Plan(**{**told, "stage": stage})
 
 
-def plan_all(recipe: Recipe, workdir: Path) -> list[Plan]:
+def plan_all(recipe: Recipe, workdir: Path | str) -> list[Plan]:
     """The plan of every stage, without doing anything."""
-    context, plans, made = Context(recipe, workdir), [], dict[str, str]()
+    context, plans, made = Context(recipe, open_home(workdir, None)), [], dict[str, str]()
+    context.home.fetch_records()
     for stage in recipe.stages:
         plans.append(plan_stage(stage, context, made))
         if plans[-1].state == "done":
@@ -156,7 +172,7 @@ def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
         return Plan(stage, "changed", f"runs again, {changes}", inputs, fingerprint)
     if record["status"] != "done":
         return Plan(stage, "unfinished", "goes on where it stopped", inputs, fingerprint)
-    if lost := [name for name in record["outputs"] if not (context.folder(stage.name) / name).exists()]:
+    if lost := context.home.lost(stage.name, list(record["outputs"])):
         return Plan(stage, "unfinished", f"runs again, {lost[0]} is gone", inputs, fingerprint)
     return Plan(stage, "done", "done", inputs, fingerprint, record["output"])
 
@@ -165,6 +181,7 @@ def _execute(plan: Plan, context: Context) -> str:
     """Runs a stage, writes its record and returns the hash of its output."""
     stage, began = plan.stage, time.perf_counter()
     record = on_lead(lambda: _opened(plan, context))
+    _fetch_inputs(stage, context)
     execute = lambda: EXECUTE[type(stage)](stage, context)
     elapsed = lambda: round(record["seconds"] + time.perf_counter() - began, 3)
     try:
@@ -174,16 +191,30 @@ def _execute(plan: Plan, context: Context) -> str:
         return on_lead(lambda: _closed(record, *execute(), elapsed(), context))
     except BaseException:
         if is_lead():
-            _write_json(context.folder(stage.name) / "stage.json", {**record, "seconds": elapsed()})
+            with contextlib.suppress(OSError):
+                _write_json(context.home, f"{stage.name}/stage.json", {**record, "seconds": elapsed()})
         raise
+
+
+def _fetch_inputs(stage: Stage, context: Context) -> None:
+    """Brings what a stage reads to every process that takes part in it."""
+    problem = ""
+    if is_lead() or isinstance(stage, ON_DEVICES):
+        try:
+            for name in context.recipe.needs(stage):
+                context.home.fetch(name)
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    if found := on_all(problem):
+        raise OSError(found[0])
 
 
 def _opened(plan: Plan, context: Context) -> dict[str, Any]:
     """The record of a stage that begins or goes on; what is out of date is set aside first."""
     stage, folder = plan.stage, context.folder(plan.stage.name)
     if plan.state == "changed":
-        kept = _set_aside(folder, context.workdir / SUPERSEDED)
-        say(f"    what it had made is now in {kept}")
+        say(f"    what it had made is now in {context.home.set_aside(stage.name)}")
+    context.home.fetch(stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     before = _record(folder)
     record = {
@@ -197,17 +228,19 @@ def _opened(plan: Plan, context: Context) -> dict[str, Any]:
         "status": "running",
         "seconds": before.get("seconds", 0.0) if before else 0.0,
     }
-    _write_json(folder / "stage.json", record)
+    _write_json(context.home, f"{stage.name}/stage.json", record)
     return record
 
 
 def _closed(record: dict[str, Any], files: Sequence[Path], summary: Any, seconds: float, context: Context) -> str:
     """Writes the record of a stage that is done and returns the hash of its output."""
     folder = context.folder(record["name"])
+    traces = [file for file in (folder / "profile").rglob("*") if file.is_file()]
+    context.home.keep(*files, *folder.glob("timing.jsonl"), *traces)
     outputs = {str(file.relative_to(folder)): sha256(file) for file in files}
     output = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
     done = {"status": "done", "outputs": outputs, "output": output, "summary": summary, "seconds": seconds}
-    _write_json(folder / "stage.json", {**record, **done})
+    _write_json(context.home, f"{record['name']}/stage.json", {**record, **done})
     say(f"    done in {seconds:.1f} s")
     return output
 
@@ -222,7 +255,10 @@ def _report(context: Context) -> str | None:
     if not path.exists() or path.stat().st_mtime_ns < newest:
         from jaxdraft.evaluate.report import write_report
 
+        for record in shown:
+            context.home.fetch(record.parent.name, REPORTED)
         write_report(context.workdir)
+        context.home.keep_report()
     return str(path)
 
 
@@ -247,14 +283,6 @@ def _changes(record: dict[str, Any], settings: Any, inputs: dict[str, str], shap
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _set_aside(folder: Path, superseded: Path) -> Path:
-    superseded.mkdir(exist_ok=True)
-    numbers = [int(path.suffix[1:]) for path in superseded.glob(f"{folder.name}.*") if path.suffix[1:].isdigit()]
-    kept = superseded / f"{folder.name}.{max(numbers, default=0) + 1}"
-    shutil.move(folder, kept)
-    return kept
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -324,10 +352,12 @@ def _holds(path: Path, value: Any) -> bool:
     return path.exists() and path.read_text() == json.dumps(value, indent=2) + "\n"
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(home: Home, name: str, value: Any) -> None:
+    path = home.folder / name
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
+    home.keep(path)
 
 
 @contextlib.contextmanager

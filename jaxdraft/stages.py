@@ -94,6 +94,8 @@ def run_train(stage: Train, context: Context) -> Outputs:
         measure=measure,
         measure_every=stage.probe_every or max(1, stage.steps // 10),
         profile=context.profile,
+        checkpoints_folder=context.home.checkpoints(stage.name),
+        before_save=context.home.keep,
     )
     params = fetch(params)
     if not is_lead():
@@ -233,7 +235,7 @@ def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: E
     config = load_config(context.model_folder(name))
     shardings = state_shardings(config, train_stage, context.mesh)
     lines = []
-    with Checkpoints(context.folder(name) / "checkpoints", train_stage.keep_every) as checkpoints:
+    with Checkpoints(context.home.checkpoints(name), train_stage.keep_every) as checkpoints:
         kept = (train_stage.steps, *range(0, train_stage.steps, train_stage.keep_every or train_stage.steps))
         for step in on_lead(lambda: sorted(set(kept).intersection(checkpoints.steps))):
             state = checkpoints.restore(abstract_state(train_stage, config, shardings), step)

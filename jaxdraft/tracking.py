@@ -27,6 +27,7 @@ class StepLog:
     """
 
     def __init__(self, path: Path, done: Sequence[int] = ()):
+        self.path = path
         self._file: TextIO | None = None
         on_lead(lambda: self._open(path, done))
 

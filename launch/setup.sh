@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv at the top of this checkout: the pinned, hash-checked packages of requirements.lock, and jaxdraft itself, editable.
 # Run it as often as you like: it returns at once when nothing has changed. PYTHON=/path/to/python3 chooses the interpreter;
-# EXTRAS=tpu, cuda or k8s (several: cuda,k8s) adds what JAX needs there, and is remembered.
+# EXTRAS=tpu, cuda, k8s, gcs or s3 (several: tpu,gcs) adds what is needed there, as pyproject.toml lists it, and is remembered.
 set -euo pipefail
 unset CDPATH
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -52,8 +52,8 @@ stamp=.venv/jaxdraft-setup
 remembered=
 [[ ! -f $stamp ]] || read -r _ _ remembered <"$stamp" || true
 extras=${EXTRAS-$remembered}
-if [[ ! "$extras" =~ ^((tpu|cuda|k8s)(,(tpu|cuda|k8s))*)?$ ]]; then
-    printf 'setup: EXTRAS=%s: give tpu, cuda or k8s, several with commas: EXTRAS=cuda,k8s\n' "$extras" >&2
+if [[ -n "$extras" && ! "$extras," =~ ^((tpu|cuda|k8s|gcs|s3),)+$ ]]; then
+    printf 'setup: EXTRAS=%s: give tpu, cuda, k8s, gcs or s3, several with commas: EXTRAS=tpu,gcs\n' "$extras" >&2
     exit 2
 fi
 wanted="$(fingerprint "$python")${extras:+ $extras}"
@@ -73,8 +73,8 @@ pip_install --require-hashes --only-binary :all: -r launch/requirements.lock
 pip_install --no-deps --no-build-isolation --editable .
 if [[ -n "$extras" ]]; then
     jax=$(.venv/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("jax"))')
-    say "adding jax[$extras] for jax $jax"
-    pip_install --only-binary :all: "jax[$extras]==$jax"
+    say "adding [$extras] for jax $jax"
+    pip_install --only-binary :all: --no-build-isolation --editable ".[$extras]" "jax==$jax"
 fi
 printf '%s\n' "$wanted" >"$stamp"
 say "done in $SECONDS s"

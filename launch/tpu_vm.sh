@@ -120,7 +120,7 @@ setup() {
     tpus tpu-vm scp "$archive" "$name:jaxdraft.tar.gz" --worker=all
     on_workers all "set -e; mkdir -p jaxdraft; tar -xzf jaxdraft.tar.gz -C jaxdraft; \
 python3 -m pip install --quiet --user uv; export PATH=\$HOME/.local/bin:\$PATH; uv python install --quiet 3.12; \
-PYTHON=\$(uv python find 3.12) EXTRAS=tpu bash jaxdraft/launch/setup.sh"
+PYTHON=\$(uv python find 3.12) EXTRAS=tpu,gcs bash jaxdraft/launch/setup.sh"
 }
 
 case $verb in

@@ -105,7 +105,9 @@ def imported(*folders: str) -> set[str]:
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     names.add(node.module.split(".")[0])
     # torch is never a dependency: `jaxdraft check` and the script behind the golden logits use it where it is there.
-    return names - sys.stdlib_module_names - {"jaxdraft", "tests", "conftest", "reference_weights", "torch"}
+    # fsspec and google-auth come with the extras for buckets, which need them.
+    own = {"jaxdraft", "tests", "conftest", "reference_weights"}
+    return names - sys.stdlib_module_names - own - {"torch", "fsspec", "google"}
 
 
 def test_dependencies_are_the_packages_that_are_imported():
@@ -168,13 +170,13 @@ def test_setup_adds_the_extras_for_the_jax_it_has_and_remembers_them(checkout):
     setup = checkout / "launch" / "setup.sh"
     assert bash(setup, PYTHON="", EXTRAS="cuda,k8s").returncode == 0
     commands = log.read_text()
-    assert commands.endswith(f"jax[cuda,k8s]=={version('jax')}\n")
+    assert commands.endswith(f"--editable .[cuda,k8s] jax=={version('jax')}\n")
     assert bash(setup, PYTHON="").returncode == 0
     assert log.read_text() == commands, "the extras are those of before"
 
     wrong = bash(setup, PYTHON="", EXTRAS="tup")
     assert wrong.returncode == 2
-    assert "EXTRAS=tup: give tpu, cuda or k8s" in wrong.stderr
+    assert "EXTRAS=tup: give tpu, cuda, k8s, gcs or s3" in wrong.stderr
 
 
 @pytest.mark.parametrize("status", [0, 2, 75])

@@ -15,7 +15,7 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "sharding", "tokenizers", "tracking"}
+BASE = {"backend", "distributed", "remote", "sharding", "tokenizers", "tracking"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "train"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed"},
     "checkpoint": {"distributed", "sharding"},
-    "data": {"tokenizers"},
+    "remote": {"tracking"},
+    "lease": {"remote", "tracking"},
+    "home": {"lease", "remote"},
+    "data": {"remote", "tokenizers"},
     "losses": {"backend"},
     "models": BASE,
     "decode": BASE | {"models"},
@@ -42,14 +45,14 @@ MAY_IMPORT = {
     "check_rules": BELOW_STAGES,
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
-    "context": BELOW_STAGES | {"export", "recipe"},
+    "context": BELOW_STAGES | {"export", "home", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
     "probe": BELOW_STAGES | {"context", "recipe"},
     "stages": BELOW_STAGES | {"context", "data_stages", "export", "probe", "recipe", "settings", "stored_targets"},
-    "run": BELOW_STAGES | {"__init__", "context", "recipe", "settings", "stages"},
-    "plan": BELOW_STAGES | {"context", "recipe", "recipe_file", "stored_targets"},
-    "cli": BELOW_STAGES | {"__init__", "check", "export", "inspect", "plan", "recipe_file", "run"},
+    "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
+    "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
+    "cli": BELOW_STAGES | {"__init__", "check", "export", "home", "inspect", "plan", "recipe_file", "run"},
 }
 
 

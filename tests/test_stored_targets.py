@@ -15,6 +15,7 @@ from jaxdraft.data.pipeline import segment_positions
 from jaxdraft.data.records import PackedRows
 from jaxdraft.data.sources import Text
 from jaxdraft.errors import ConfigError
+from jaxdraft.home import Home
 from jaxdraft.losses import KL, CrossEntropy
 from jaxdraft.models import Decoder, ModelConfig, head_weight, logits
 from jaxdraft.models.hf import load_model
@@ -60,7 +61,7 @@ def test_a_real_targets_distribution_is_stored_to_the_rounding_of_float16(recipe
     assert stored.manifest["target_logits"] == {
         "k": K,
         "temperature": 1.0,
-        "target": Context(recipe, workdir).target_hash,
+        "target": Context(recipe, Home(workdir)).target_hash,
         "vocabulary": config.vocabulary,
     }
     rows = [stored[i] for i in range(len(stored))]
@@ -122,7 +123,7 @@ def test_room_is_asked_for_before_anything_is_written(recipe, workdir, tmp_path,
 
 
 def test_more_tokens_than_the_vocabulary_has_are_refused(recipe, workdir):
-    context = Context(recipe, workdir)
+    context = Context(recipe, Home(workdir))
     for k in (512, 513):
         with pytest.raises(ConfigError, match=f"keep_logits.k is {k}: it must be less than the target's 512"):
             stored_targets.target_logits("scored", TopK(k), context)
@@ -138,7 +139,7 @@ def test_more_tokens_than_the_vocabulary_has_are_refused(recipe, workdir):
 )
 def test_training_refuses_what_was_stored_otherwise(recipe, workdir, tmp_path, change, message):
     copy = shutil.copytree(workdir, tmp_path / "copy")
-    context = Context(recipe, copy)
+    context = Context(recipe, Home(copy))
     stored_targets.check_stored(TRAIN, context, {"scored": context.rows("scored")})
     path = copy / "scored" / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from jaxdraft.data.sources import files_fingerprint, read_jsonl
 from jaxdraft.errors import ConfigError
+from jaxdraft.remote import local_copy
 from jaxdraft.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class PromptFile:
         return list(prompts.values())
 
     def _file(self) -> Path:
-        path = Path(self.path)
+        path = Path(local_copy(self.path))
         if not path.is_file():
             raise ConfigError(f"{path}: no such file of prompts")
         return path

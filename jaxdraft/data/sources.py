@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.remote import local_copy
 
 _CHUNK = 1 << 20  # characters or rows' bytes read at once
 _NAME = re.compile(r"\.(txt|jsonl|json|parquet|array_record)(?:-\d+-of-\d+)?(\.gz)?$")
@@ -42,7 +43,8 @@ class Text:
     `.array_record` (tf.Example, or raw UTF-8 records) give one document per row. Blank documents are left out.
 
     Attributes:
-      path: a file, a folder (its files of known suffix, sorted, with those below it) or a glob.
+      path: a file, a folder (its files of known suffix, sorted, with those below it) or a glob, also in a bucket
+        (`gs://`, `s3://`), from where they are copied first.
       field: the column that holds the text.
       separator: splits plain text into documents, e.g. "<|endoftext|>".
       limit: at most this many documents.
@@ -60,7 +62,7 @@ class Text:
 
     def files(self) -> list[Path]:
         """The files read, in order."""
-        path = Path(self.path)
+        path = Path(local_copy(self.path))
         if path.is_dir():
             files = sorted(f for f in path.rglob("*") if f.is_file() and _NAME.search(f.name))
         elif path.exists():

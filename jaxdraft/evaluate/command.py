@@ -24,7 +24,7 @@ def evaluate_pair(
     *,
     target: Path,
     draft: Path,
-    prompts: Path,
+    prompts: Path | str,
     task: str,
     out: Path,
     block_sizes: tuple[int, ...] = (3, 5),

@@ -61,9 +61,12 @@ def slots(cache: KVCache) -> int:
 
 def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """Puts token t of row b into slot ``positions_BT[b, t]``; a position outside the cache writes nothing."""
-    rows_B1 = jnp.arange(cache_BKSH.shape[0])[:, None]
-    written_BKSH = cache_BKSH.at[rows_B1, :, positions_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
-    return constrain(written_BKSH, CACHE)
+
+    # Row by row, so that a mesh that cuts the rows has nothing to send.
+    def row(cache_KSH, new_TKH, positions_T):
+        return cache_KSH.at[:, positions_T].set(new_TKH.swapaxes(0, 1).astype(cache_KSH.dtype), mode="drop")
+
+    return constrain(jax.vmap(row)(cache_BKSH, new_BTKH, positions_BT), CACHE)
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.remote import is_url, local_copy
 
 # Weights that are plain arrays, and text; never pickles, never code.
 # Weights under the names that are loaded: some repositories hold a second copy under another.
@@ -12,7 +13,9 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def model_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model given as a folder, or as ``owner/name`` or ``owner/name@revision`` on the hub.
+    """The folder of a model given as a folder here or in a bucket, or as ``owner/name[@revision]`` on the hub.
+
+    Of a bucket (``gs://``, ``s3://``), the same kinds of files as of a repository are copied once.
 
     Of a repository, configuration, safetensors and tokenizer files are downloaded once into huggingface_hub's cache
     (``HF_HOME``); a token (``HF_TOKEN``, ``hf auth login``) opens gated ones; ``HF_HUB_OFFLINE=1`` keeps to the cache.
@@ -25,6 +28,10 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
       ConfigError: no such folder, and no repository that can be had: the message says why.
     """
+    if is_url(name):
+        if not (folder := Path(local_copy(str(name), _PATTERNS)) / "config.json").exists():
+            raise ConfigError(f"{name} holds no config.json: it is not a model folder")
+        return folder.parent
     if Path(name).is_dir():
         return Path(name)
     repository, _, at = str(name).partition("@")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from jaxdraft.context import Context
 from jaxdraft.errors import ConfigError
+from jaxdraft.home import Home
 from jaxdraft.models import ModelConfig, presets
 from jaxdraft.models.hf_config import load_config
 from jaxdraft.recipe import INITS, DraftVocabulary, HFModel, Recipe, Train, TrainTokenizer
+from jaxdraft.remote import local_copy
 
 # What the hub calls the targets that there are presets of.
 _PRESETS = {
@@ -32,7 +34,7 @@ class PlannedContext(Context):
 
     @staticmethod
     def of(recipe: Recipe) -> "PlannedContext":
-        return PlannedContext(recipe, Path("nowhere"))
+        return PlannedContext(recipe, Home(Path("nowhere")))
 
     @cached_property
     def target_shape(self) -> ModelConfig:
@@ -72,8 +74,9 @@ class PlannedContext(Context):
 
     def _found(self, target: HFModel) -> ModelConfig:
         """The target's shape from its folder, the hub's cache, a preset, or the hub, whichever comes first."""
-        if (Path(target.path) / "config.json").is_file():
-            config = load_config(target.path)
+        folder: Path | None = Path(local_copy(target.path, ("config.json", "generation_config.json")))
+        if folder and (folder / "config.json").is_file():
+            config = load_config(folder)
         elif folder := _cached(target):
             config = load_config(folder)
         elif name := _PRESETS.get(target.path.partition("@")[0].lower()):

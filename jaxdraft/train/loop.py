@@ -39,6 +39,8 @@ def train(
     measure: Callable[[Params], Sequence[dict[str, Any]]] | None = None,
     measure_every: int = 1000,
     profile: tuple[int, int] | None = None,
+    checkpoints_folder: Path | str | None = None,
+    before_save: Callable[..., None] | None = None,
 ) -> Params:
     """Trains to the last step and returns the parameters; a second call with the same folder goes on where it stood.
 
@@ -60,6 +62,8 @@ def train(
         after the last, and in between.
       measure_every: steps between measurements.
       profile: first step to trace into ``profile/``, and the one to stop before.
+      checkpoints_folder: where checkpoints go instead of ``folder / "checkpoints"``; may be a URL.
+      before_save: called with the paths of the logs before each save, whose steps they are then to hold.
     """
     shardings = state_shardings(draft.config, optimizer, mesh)
     models = {name: model for name, (model, _) in (frozen or {}).items()}
@@ -69,7 +73,7 @@ def train(
     }
     step_fn = build_step(draft, models, loss, optimizer, mesh, shardings, frozen_shardings, accumulate, seed)
 
-    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep_every) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(checkpoints_folder or folder / "checkpoints", keep_every) as checkpoints:
         restored = checkpoints.restore_newest(abstract_state(optimizer, draft.config, shardings))
         start, state = restored or (0, create_state(optimizer, params, shardings))
         measured = [] if measure is None else sorted({*range(0, optimizer.steps, measure_every), optimizer.steps})
@@ -88,6 +92,8 @@ def train(
             finished = step + 1 == optimizer.steps
             if finished or (step + 1) % save_every == 0 or (keep_every and (step + 1) % keep_every == 0):
                 log.flush()
+                if before_save is not None:
+                    before_save(*log.files)
                 checkpoints.save(step + 1, state)
         tracer.stop(state)
         checkpoints.wait()
@@ -155,6 +161,10 @@ class _Log:
         self._name = folder.name
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._clock = time.perf_counter()
+
+    @property
+    def files(self) -> list[Path]:
+        return [log.path for log in (self._metrics, self._timing, self._efficiency) if log is not None]
 
     def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
         self.flush()

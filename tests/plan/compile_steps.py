@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from jaxdraft.home import Home
 from jaxdraft.losses import KL, engine
 from jaxdraft.models import ModelConfig
 from jaxdraft.plan.hardware import Hardware
@@ -37,7 +38,7 @@ class Planned(PlannedContext):
 def context(mesh, accumulate):
     step = {"loss": KL(), "batch_size": ROWS, "accumulate": accumulate, "remat": "full"}
     stages = (Prepare("text", sources=(), length=LENGTH), Train("distill", data="text", steps=1, **step))
-    return Planned(Recipe(title="", target=HFModel(""), draft=DRAFT, stages=stages, mesh=mesh), Path())
+    return Planned(Recipe(title="", target=HFModel(""), draft=DRAFT, stages=stages, mesh=mesh), Home(Path()))
 
 
 def main():
