@@ -75,9 +75,7 @@ class PlannedContext(Context):
     def _found(self, target: HFModel) -> ModelConfig:
         """The target's shape from its folder, the hub's cache, a preset, or the hub, whichever comes first."""
         folder: Path | None = Path(local_copy(target.path, ("config.json", "generation_config.json")))
-        if folder and (folder / "config.json").is_file():
-            config = load_config(folder)
-        elif folder := _cached(target):
+        if (folder and (folder / "config.json").is_file()) or (folder := _cached(target)):
             config = load_config(folder)
         elif name := _PRESETS.get(target.path.partition("@")[0].lower()):
             self.notes.append(f"{target.path} is not here: its shape is that of presets.{name}")
