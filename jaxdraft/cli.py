@@ -148,7 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--hardware", metavar="8xH100", help="accelerators to count hours for (default: 8xH100)")
     plan.add_argument("--topology", metavar="v5e:4x4", help="TPUs to compile for; 2xv5e:4x4 is two slices")
-    plan.add_argument("--only", action="extend", nargs="+", default=[], metavar="STAGE", help="compile these stages only")
+    plan.add_argument(
+        "--only",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="STAGE",
+        help="with --topology: compile only these stages",
+    )
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
     inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
