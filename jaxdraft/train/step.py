@@ -192,8 +192,8 @@ def _over_devices(loss: Loss, local: Callable[..., Any], mesh: Mesh, work: Work,
     Devices along ``tensor`` hold the same rows. A loss that treats every position alike lets each take its part of
     their positions; weights that follow from a position's row need the whole row.
     """
-    length = work.labels_BT.shape[1]
-    cut = loss.weights is None and length % mesh.shape["tensor"] == 0
+    shards, length = mesh.shape["tensor"], work.labels_BT.shape[1]
+    cut = shards > 1 and loss.weights is None and length % shards == 0
     places = PartitionSpec(BATCH_AXES, "tensor" if cut else None)
 
     def summed(work: Work, key: jax.Array | None, means: Metrics | None) -> Any:

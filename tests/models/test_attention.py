@@ -137,7 +137,7 @@ def test_a_decoder_for_a_tpu_builds_no_mask():
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
     def gradient():
-        loss = lambda params, *rows: jnp.sum(Decoder(config, remat=True).apply({"params": params}, *rows))
+        loss = lambda params, *rows: jnp.sum(Decoder(config, remat="full").apply({"params": params}, *rows))
         return str(jax.make_jaxpr(jax.grad(loss))(params, ids, ids, ids))
 
     assert re.search(r",256,256\]", gradient())
@@ -241,7 +241,7 @@ def compiled_for_a_tpu():
     ids = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
     def loss(params, *rows):
-        return jnp.sum(jnp.square(Decoder(config, remat=True).apply({"params": params}, *rows).astype(jnp.float32)))
+        return jnp.sum(jnp.square(Decoder(config, remat="full").apply({"params": params}, *rows).astype(jnp.float32)))
 
     with assumed("tpu"), jax.set_mesh(mesh):
         program = jax.jit(jax.value_and_grad(loss)).lower(params, ids, ids, ids).compile()
