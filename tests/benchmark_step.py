@@ -3,7 +3,7 @@
     python -m tests.benchmark_step             # both, on the shapes below
     python -m tests.benchmark_step host        # without torch: what the loop adds to its steps
 
-Needs torch and transformers for the first part. Steps of both are run in turn in one process, medians are compared.
+Needs torch and transformers for the first part. Both run in turn in one process, medians are compared.
 Both do the same: next-token loss, AdamW with clipping, float32, all cores. PyTorch's is the best of eager and
 torch.compile.
 """
@@ -102,14 +102,19 @@ def torchs(config, batch, compiled):
 
 
 def seconds(forms):
-    """Medians over rounds in which every form runs once, after two rounds that do not count."""
+    """Medians over rounds in which the forms take turns, a few steps each.
+
+    The first step of a turn does not count: the threads of the one before still spin. Nor does the first round.
+    """
     spent = {name: [] for name in forms}
-    for turn in range(ROUNDS + 2):
+    for turn in range(ROUNDS + 1):
         for name, run in forms.items():
-            began = time.perf_counter()
             run()
-            if turn >= 2:
-                spent[name].append(time.perf_counter() - began)
+            for _ in range(3):
+                began = time.perf_counter()
+                run()
+                if turn:
+                    spent[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in spent.items()}
 
 

@@ -67,19 +67,3 @@ def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -
         return cache_KSH.at[:, positions_T].set(new_TKH.swapaxes(0, 1).astype(cache_KSH.dtype), mode="drop")
 
     return constrain(jax.vmap(row)(cache_BKSH, new_BTKH, positions_BT), CACHE)
-
-
-def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention over the cache as it lies, ``[B, T, N, H]``: no step copies or transposes the cache.
-
-    Scores and softmax are float32. Every query needs at least one slot that its mask allows.
-    """
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    # One matrix per key/value head, M = N / K · T rows: XLA's CPU compiler turns only this form into fast products.
-    q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores_BKMS = jnp.einsum("bkmh,bksh->bkms", q_BKMH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKMS.reshape(B, K, -1, T, S), -jnp.inf)
-    probs_BKMS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(B, K, -1, S)
-    out_BKMH = jnp.einsum("bkms,bksh->bkmh", probs_BKMS, v_BKSH)
-    return out_BKMH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
