@@ -55,7 +55,10 @@ class GeneratedBatch(NamedTuple):
     seconds: Seconds
 
 
-class _State(NamedTuple):
+class Written(NamedTuple):
+    """Where a batch stands: its tokens, each row's length and the length at which it is done, the cache, and whether
+    all logits so far were finite."""
+
     tokens_BS: jax.Array
     length_B: jax.Array
     end_B: jax.Array
@@ -126,13 +129,13 @@ def generate_batches(
         sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
         draws = None if greedy else Draws(np.int32(seed), batch.example_ids_B)
 
-        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> _State:
+        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> Written:
             size = batch.tokens_BS.shape[1]
             prompts_BL = batch.tokens_BS[:, : batch.bucket]
             cache = prefill(decoder, params, prompts_BL, batch.length_B, batch.end_B, size)
-            return _State(*arrays(mesh, batch, end_B), cache, *place(mesh, (np.ones(len(end_B), bool),), rows=True))
+            return Written(*arrays(mesh, batch, end_B), cache, *place(mesh, (np.ones(len(end_B), bool),), rows=True))
 
-        decode = functools.partial(_decode, decoder, params, eos_E=eos_E, sampling=sampling, draws=draws)
+        decode = functools.partial(write, decoder, params, eos_E=eos_E, sampling=sampling, draws=draws)
         with jax.set_mesh(mesh):
             state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
         seen.add(batch.bucket)
@@ -165,13 +168,14 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
-def _decode(decoder, params, state, *, eos_E, sampling, draws):
+def write(decoder, params, state, *, eos_E, sampling, draws):
+    """The program that goes on with a ``Written`` until every row is done; without ``sampling`` and ``draws`` greedy."""
     head_DV = head_weight(decoder.config, params)
     keys_B: Any = None if draws is None else row_keys(draws.seed, SAMPLE, draws.example_ids_B)
     rows_B = jnp.arange(state.tokens_BS.shape[0])
     nowhere = state.tokens_BS.shape[1]
 
-    def step(state: _State) -> _State:
+    def step(state: Written) -> Written:
         live_B = state.length_B < state.end_B
         last_B = state.length_B - 1
         slots_B1 = jnp.where(live_B, last_B, nowhere)[:, None]
@@ -184,7 +188,7 @@ def _decode(decoder, params, state, *, eos_E, sampling, draws):
             next_B = draw(position_keys(keys_B, state.length_B), probabilities(logits_BV, sampling))
         next_B = token_ids(decoder.config, next_B)
         length_B = state.length_B + live_B
-        return _State(
+        return Written(
             tokens_BS=state.tokens_BS.at[rows_B, jnp.where(live_B, state.length_B, nowhere)].set(next_B, mode="drop"),
             length_B=length_B,
             end_B=jnp.where(live_B & is_any(next_B, eos_E), length_B, state.end_B),

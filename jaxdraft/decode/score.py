@@ -56,11 +56,12 @@ def top_scores(
       mesh: the devices.
     """
     with jax.set_mesh(mesh):
-        return _top_scores(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh)
+        return score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "k", "temperature", "mesh"))
-def _top_scores(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh):
+def score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temperature, mesh):
+    """The program of ``top_scores``."""
     hidden_BTD = decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
     has_label_BT = (segment_ids_BT > 0) & (following(segment_ids_BT, 0) == segment_ids_BT)
     labels_BT = jnp.where(has_label_BT, following(tokens_BT, -1), -1)

@@ -85,7 +85,9 @@ class _Keys(NamedTuple):
     replace_B: jax.Array
 
 
-class _State(NamedTuple):
+class WrittenInBlocks(NamedTuple):
+    """Where a batch stands: as ``generate.Written``, with both caches, and what was accepted in each block."""
+
     tokens_BS: jax.Array
     length_B: jax.Array
     end_B: jax.Array
@@ -183,17 +185,17 @@ def speculative_batches(
     greedy, mesh = all_greedy(batches), mesh_of(target_params)
     eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
     program = functools.partial(
-        _decode, target_decoder, target_params, draft_decoder, draft_params, block_size=block_size, eos_E=eos_E
+        write_in_blocks, target_decoder, target_params, draft_decoder, draft_params, block_size=block_size, eos_E=eos_E
     )
     seen: set[int] = set()
     for batch in batches:
         sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
         draws = None if greedy else Draws(np.int32(seed), batch.example_ids_B)
 
-        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> _State:
+        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> WrittenInBlocks:
             rows, size = batch.tokens_BS.shape
             prompts = batch.tokens_BS[:, : batch.bucket], batch.length_B, batch.end_B
-            return _State(
+            return WrittenInBlocks(
                 *arrays(mesh, batch, end_B),
                 target_cache=prefill(target_decoder, target_params, *prompts, size + block_size + 1),
                 draft_cache=prefill(draft_decoder, draft_params, *prompts, size + block_size + 1),
@@ -262,7 +264,10 @@ def _leading(passed_BG: jax.Array) -> jax.Array:
 @functools.partial(
     jax.jit, static_argnames=("target_decoder", "draft_decoder", "block_size"), donate_argnames=("state",)
 )
-def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, draws):
+def write_in_blocks(
+    target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, draws
+):
+    """The program that goes on with a ``WrittenInBlocks`` until every row is done; greedy as ``generate.write`` is."""
     target_head_DV = head_weight(target_decoder.config, target_params)
     draft_head_DR = head_weight(draft_decoder.config, draft_params)
     keys: Any = None
@@ -300,7 +305,7 @@ def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *
         drawn = jax.tree.map(lambda x, xs: jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1), first, others)
         return *drawn, *carry
 
-    def block(state: _State) -> _State:
+    def block(state: WrittenInBlocks) -> WrittenInBlocks:
         n_B, live_B = state.length_B, state.length_B < state.end_B
         drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B)
 
@@ -328,7 +333,7 @@ def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *
         written_BK = jnp.where(kept_BK, n_B[:, None] + order_K, nowhere)
         length_B = n_B + kept_B
         block_B1 = jnp.where(live_B, state.blocks_B, nowhere)[:, None]
-        return _State(
+        return WrittenInBlocks(
             tokens_BS=state.tokens_BS.at[rows_B1, written_BK].set(emitted_BK, mode="drop"),
             length_B=length_B,
             end_B=jnp.where(jnp.any(ends_BK & kept_BK, axis=1), length_B, state.end_B),
@@ -344,7 +349,7 @@ def _decode(target_decoder, target_params, draft_decoder, draft_params, state, *
     return jax.lax.while_loop(lambda state: jnp.any(state.length_B < state.end_B), block, state)
 
 
-def _results(batch: PromptBatch, state: _State) -> list[SpeculativeResult]:
+def _results(batch: PromptBatch, state: WrittenInBlocks) -> list[SpeculativeResult]:
     tokens = new_tokens(batch, state.tokens_BS, state.length_B)
     accepted, blocks, cut = fetch((state.accepted_BN, state.blocks_B, state.cut_B))
     return [

@@ -14,13 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdraft.decode.generate import _decode as write
-from jaxdraft.decode.generate import _State as Written
-from jaxdraft.decode.generate import prefill
+from jaxdraft.decode.generate import Written, prefill, write
 from jaxdraft.decode.sampling import Draws, Sampling
-from jaxdraft.decode.score import _top_scores as top_scores
-from jaxdraft.decode.speculative import _decode as write_in_blocks
-from jaxdraft.decode.speculative import _State as WrittenInBlocks
+from jaxdraft.decode.score import score_rows
+from jaxdraft.decode.speculative import WrittenInBlocks, write_in_blocks
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding, init_params
 from jaxdraft.models.decoder import model_shardings
 from jaxdraft.plan.shapes import PlannedContext
@@ -159,7 +156,7 @@ def _scores(context: PlannedContext, stage: str, keep: TopK, length: int, mesh: 
 
     def lower(rows: int) -> jax.stages.Lowered:
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=on_rows)
-        return top_scores.lower(decoder, params, tokens, tokens, tokens, keep.k, keep.temperature, mesh)
+        return score_rows.lower(decoder, params, tokens, tokens, tokens, keep.k, keep.temperature, mesh)
 
     rows = max(1, TOKENS_PER_PASS // length) * row_groups(mesh)
     batch = Decoding(rows, length, 0, 1, 1)

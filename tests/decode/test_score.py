@@ -86,7 +86,7 @@ def test_no_array_of_all_logits_exists(tiny, monkeypatch):
     many = np.ones((4, 2048), np.int32)
     settings = (4, 1.0, MeshShape().build())
     with jax.set_mesh(settings[2]):
-        program = score._top_scores.lower(tiny.target, tiny.target_params, many, many, many, *settings)
+        program = score.score_rows.lower(tiny.target, tiny.target_params, many, many, many, *settings)
     assert f"8x{VOCAB}xf32" in program.as_text()
     assert f"{many.size}x{VOCAB}x" not in program.as_text()
     assert f"4x2048x{VOCAB}x" not in program.as_text()

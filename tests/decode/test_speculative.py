@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.decode import generate, speculative_batches, speculative_generate, token_origins
-from jaxdraft.decode.speculative import _decode, _State
+from jaxdraft.decode.speculative import WrittenInBlocks, write_in_blocks
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, init_cache
 
@@ -94,11 +94,11 @@ def test_rows_of_temperature_zero_are_greedy_beside_sampled_ones(tiny, prompts, 
 
 def test_one_compilation_per_bucket_and_block_size(tiny, prompts):
     decode(tiny, prompts)
-    before = _decode._cache_size()
+    before = write_in_blocks._cache_size()
     decode(tiny, prompts[:2], eos_ids=(3,))
     decode(twins(tiny), prompts[::-1], max_new_tokens=[LIMIT] + [2] * (len(prompts) - 1))
     list(speculative_batches(*tiny.models, prompts, block_size=4, max_new_tokens=LIMIT, batch_size=8, repeats=3))
-    assert _decode._cache_size() == before
+    assert write_in_blocks._cache_size() == before
 
 
 def test_batches_match_those_of_plain_generation_and_carry_times(tiny, prompts):
@@ -139,8 +139,8 @@ def test_the_loop_holds_one_pair_of_caches(tiny):
     B, S, zeros, ones = 4, 10_000, jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
     caches = [init_cache(tiny.target.config, B, S + 5, jnp.float32) for _ in range(2)]
     tokens, accepted = jnp.zeros((B, S), jnp.int32), jnp.zeros((B, S), jnp.int32)
-    state = _State(tokens, zeros + 1, zeros + 2, *caches, accepted, zeros, zeros > 0, ones, ones)
-    program = _decode.lower(*tiny.models, state, block_size=4, eos_E=zeros, sampling=None, keys=None)
+    state = WrittenInBlocks(tokens, zeros + 1, zeros + 2, *caches, accepted, zeros, zeros > 0, ones, ones)
+    program = write_in_blocks.lower(*tiny.models, state, block_size=4, eos_E=zeros, sampling=None, draws=None)
     memory = program.compile().memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= held
