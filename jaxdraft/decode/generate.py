@@ -169,7 +169,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
 def write(decoder, params, state, *, eos_E, sampling, draws):
-    """The program that goes on with a ``Written`` until every row is done; without ``sampling`` and ``draws`` greedy."""
+    """Goes on with a ``Written`` until every row is done; greedy without ``sampling`` and ``draws``."""
     head_DV = head_weight(decoder.config, params)
     keys_B: Any = None if draws is None else row_keys(draws.seed, SAMPLE, draws.example_ids_B)
     rows_B = jnp.arange(state.tokens_BS.shape[0])

@@ -267,7 +267,7 @@ def _leading(passed_BG: jax.Array) -> jax.Array:
 def write_in_blocks(
     target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, draws
 ):
-    """The program that goes on with a ``WrittenInBlocks`` until every row is done; greedy as ``generate.write`` is."""
+    """Goes on with a ``WrittenInBlocks`` until every row is done; greedy without ``sampling`` and ``draws``."""
     target_head_DV = head_weight(target_decoder.config, target_params)
     draft_head_DR = head_weight(draft_decoder.config, draft_params)
     keys: Any = None

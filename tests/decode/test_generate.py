@@ -14,7 +14,7 @@ from jaxdraft.models.hf import load_model
 LIMIT = 12
 
 
-def write(tiny, prompts, **settings):
+def written(tiny, prompts, **settings):
     settings = {"max_new_tokens": LIMIT, "batch_size": 4} | settings
     return generate(tiny.target, tiny.target_params, prompts, **settings)
 
@@ -41,32 +41,32 @@ def test_golden_greedy_tokens_of_real_models(name, shared_data):
 
 
 def test_greedy_is_the_argmax_of_a_plain_forward_pass(tiny, prompts, by_hand):
-    assert write(tiny, prompts) == by_hand
+    assert written(tiny, prompts) == by_hand
 
 
 def test_limits_and_end_tokens_cut_the_same_text(tiny, prompts, by_hand):
     limits = [LIMIT, *(1 + i % LIMIT for i in range(1, len(prompts)))]
-    assert write(tiny, prompts, max_new_tokens=limits) == [t[:n] for t, n in zip(by_hand, limits, strict=True)]
+    assert written(tiny, prompts, max_new_tokens=limits) == [t[:n] for t, n in zip(by_hand, limits, strict=True)]
     for end in sorted({token for text in by_hand for token in text})[:5]:
         expected = [text[: text.index(end) + 1] if end in text else text for text in by_hand]
-        assert write(tiny, prompts, eos_ids=(end,)) == expected
+        assert written(tiny, prompts, eos_ids=(end,)) == expected
 
 
 def test_sampled_tokens_depend_on_seed_and_example_id_alone(tiny, prompts):
     how = {"temperature": 1.0, "top_p": 0.95}
     ids = list(range(100, 100 + len(prompts)))
-    texts = write(tiny, prompts, example_ids=ids, **how)
-    assert write(tiny, prompts[::-1], example_ids=ids[::-1], **how) == texts[::-1]
-    assert write(tiny, prompts[2:3], example_ids=ids[2:3], **how) == texts[2:3]
-    assert write(tiny, prompts, example_ids=ids, batch_size=3, **how) == texts
-    assert write(tiny, prompts, example_ids=ids, seed=1, **how) != texts
-    alike = write(tiny, [prompts[3]] * 4, **how)
+    texts = written(tiny, prompts, example_ids=ids, **how)
+    assert written(tiny, prompts[::-1], example_ids=ids[::-1], **how) == texts[::-1]
+    assert written(tiny, prompts[2:3], example_ids=ids[2:3], **how) == texts[2:3]
+    assert written(tiny, prompts, example_ids=ids, batch_size=3, **how) == texts
+    assert written(tiny, prompts, example_ids=ids, seed=1, **how) != texts
+    alike = written(tiny, [prompts[3]] * 4, **how)
     assert len({tuple(text) for text in alike}) > 1
 
 
 def test_rows_of_temperature_zero_are_greedy_beside_sampled_ones(tiny, prompts, by_hand):
     temperatures = [float(i % 2) for i in range(len(prompts))]
-    texts = write(tiny, prompts, temperature=temperatures)
+    texts = written(tiny, prompts, temperature=temperatures)
     assert texts[::2] == by_hand[::2]
     assert texts[1::2] != by_hand[1::2]
 
@@ -84,12 +84,12 @@ def test_one_compilation_per_bucket(tiny, prompts):
     def compiled():
         return write._cache_size(), prefill._cache_size()
 
-    write(tiny, prompts)
+    written(tiny, prompts)
     before = compiled()
-    write(tiny, prompts[:3])
-    write(tiny, prompts[::-1], max_new_tokens=[LIMIT] + [3] * (len(prompts) - 1))
+    written(tiny, prompts[:3])
+    written(tiny, prompts[::-1], max_new_tokens=[LIMIT] + [3] * (len(prompts) - 1))
     assert compiled() == before
-    write(tiny, [[1] * 129])
+    written(tiny, [[1] * 129])
     assert compiled() == tuple(n + 1 for n in before)
 
 
@@ -115,7 +115,7 @@ def test_broken_weights_are_an_error_that_names_the_prompts(tiny, prompts):
 
 def test_repeats_must_be_positive(tiny, prompts):
     with pytest.raises(ConfigError, match="repeats"):
-        write(tiny, prompts, repeats=0)
+        written(tiny, prompts, repeats=0)
 
 
 def test_step_latency_is_a_time(tiny):
