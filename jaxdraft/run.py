@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -377,9 +378,18 @@ def _interruptible() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise Interrupted("stopped; the same command goes on from here")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    def unraisable(lost: Any) -> None:
+        if lost.exc_type is Interrupted:  # raised in a callback of XLA's, which ignores it: again, outside of it
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            hook(lost)
+
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
+    before = {number: signal.signal(number, stop) for number in numbers}
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

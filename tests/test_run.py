@@ -1,6 +1,7 @@
 """A whole recipe, really run: what is done stays done, what changed runs again, what was killed ends the same."""
 
 import collections
+import gc
 import hashlib
 import importlib
 import itertools
@@ -22,7 +23,7 @@ from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.records import PackedRows
 from jaxdraft.decode import acceptance_ratios, generate
-from jaxdraft.errors import ConfigError
+from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
@@ -35,7 +36,7 @@ from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.stages import plan_stages, row_bytes
 from jaxdraft.recipe import TopK
 from jaxdraft.recipe_file import load_recipe
-from jaxdraft.run import plan_all, run
+from jaxdraft.run import _interruptible, plan_all, run
 from jaxdraft.settings import to_json
 from jaxdraft.stages import CALIBRATION_ROWS
 from jaxdraft.tokenizers import load_tokenizer
@@ -494,6 +495,20 @@ def test_sigterm_exits_with_75_and_the_rest_is_done_by_the_same_command(tiny_run
     assert process.wait() == 75
     assert start(workdir).wait() == 0
     assert hashes(workdir) == hashes(tiny_run)
+
+
+def test_a_stop_that_a_callback_swallows_comes_again():
+    def stops_in_a_callback(phase, info):
+        gc.callbacks.remove(stops_in_a_callback)
+        signal.raise_signal(signal.SIGTERM)
+
+    def work():
+        gc.callbacks.append(stops_in_a_callback)
+        gc.collect()
+        time.sleep(5)
+
+    with pytest.raises(Interrupted), _interruptible():
+        work()
 
 
 OWN = """
