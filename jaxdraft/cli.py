@@ -42,8 +42,8 @@ PLAN_EXAMPLE = """examples:
 
 The first counts parameters, tokens, storage, operations and hours. It reads no weights and no text: a folder with the
 target's config.json is enough. The second also compiles the programs of these stages for TPUs that need not be there,
-which takes a minute or more each, and says what they take of each chip. This needs the TPU compiler: pip install
-libtpu"""
+which takes a minute or more each, and says what they take of each chip. This needs the TPU compiler:
+EXTRAS=tpu bash launch/setup.sh"""
 INSPECT_EXAMPLE = """examples:
   jaxdraft inspect MODEL_FOLDER
   jaxdraft inspect runs/quickstart"""
@@ -185,7 +185,10 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
     recipe = load_recipe(options.recipe, options.set)
     if options.list or options.dry_run:
+        chosen = {recipe.stage(name).name for name in options.only}
         for plan in plan_all(recipe, options.workdir):
+            if chosen and plan.stage.name not in chosen:
+                continue
             print(f"{plan.stage.name:<20} {type(plan.stage).__name__:<15} {plan.state:<11} {plan.reason}")
             if options.dry_run and plan.state != "done":
                 print(f"    {plan.stage}")

@@ -16,7 +16,7 @@ class Interrupted(BaseException):
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
-    """``no stage 'distil'; did you mean 'distill'? There are: …``"""
+    """``no stage 'distil': did you mean 'distill'? There are: …``"""
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"no {kind} {name!r}; {hint}There are: {', '.join(known) or 'none'}"
+    return f"no {kind} {name!r}: {hint}There are: {', '.join(known) or 'none'}"

@@ -102,7 +102,8 @@ class Bucket:
             importlib.import_module(package)
         except ImportError as error:
             raise ConfigError(
-                f"{url}: {self.scheme}:// needs {package} ({error}): pip install 'jaxdraft[{extra}]'"
+                f"{url}: {self.scheme}:// needs {package} ({error}): EXTRAS={extra} bash launch/setup.sh in the "
+                f"checkout, or install {package} beside jaxdraft"
             ) from error
         import fsspec
 

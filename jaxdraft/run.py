@@ -95,8 +95,8 @@ def run(
     home = open_home(workdir, jax.process_index())
     context = Context(recipe, home, profile)
     with contextlib.ExitStack() as held, _interruptible():
+        _ = context.mesh  # one that does not fit is told before anything is written
         on_lead(lambda: _begin(context, held))
-        _ = context.mesh  # one that does not fit is told now
         ran, made = False, dict[str, str]()
         for number, stage in enumerate(recipe.stages, start=1):
             plan = _shared_plan(stage, context, made)

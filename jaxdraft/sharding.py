@@ -91,7 +91,15 @@ class MeshShape:
         divides = lambda tensor: load.rows is None or load.rows % (len(devices) // tensor) == 0
         tensor = next(filter(divides, choices), choices[0])
         rest, fits = len(devices) // tensor, load.bytes / tensor <= _memory(devices[0]) / 2
-        return _mesh((*self._data_and_fsdp(rest, slices, fits), tensor), devices, slices)
+        data, fsdp = self._data_and_fsdp(rest, slices, fits)
+        if data * fsdp != rest or data % slices:
+            asked = ", ".join(f"mesh.{name}={n}" for name in MESH_AXES if (n := getattr(self, name)) is not None)
+            several = f" in {slices} slices, which go on data" if slices > 1 else ""
+            raise ConfigError(
+                f"{asked} does not fit {len(devices)} devices{several}: the product of the axes is their number; "
+                "what is left out is chosen"
+            )
+        return _mesh((data, fsdp, tensor), devices, slices)
 
     def for_decoding(self, mesh: Mesh, load: Load) -> Mesh:
         """The devices of the training mesh, in its order, for writing text: ``data`` × 1 × ``tensor``.
@@ -123,10 +131,6 @@ class MeshShape:
             data = rest // (fsdp or 1)
         if fsdp is None:
             fsdp = rest // data
-        if data * fsdp != rest or data % slices:
-            asked = {name: size for name in MESH_AXES if (size := getattr(self, name)) is not None}
-            several = f" in {slices} slices, which go on data" if slices > 1 else ""
-            raise ConfigError(f"mesh {asked} does not fit {rest} groups of devices{several}")
         return data, fsdp
 
 

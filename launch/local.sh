@@ -93,7 +93,7 @@ while ((left > 0)); do
         unset "pids[i]"
         left=$((left - 1))
         # Ended by the signal that was sent from here, before it could say 75 itself.
-        if [[ "$code" == 143 || "$code" == 137 ]] && [[ -n "$asked$deadline" ]]; then code=75; fi
+        if [[ "$code" == 143 || "$code" == 137 || "$code" == 134 ]] && [[ -n "$asked$deadline" ]]; then code=75; fi
         (($(rank "$code") <= $(rank "$worst"))) || worst=$code
         if ((code != 0 && left > 0)) && [[ -z "$deadline" ]]; then
             deadline=$((SECONDS + grace))

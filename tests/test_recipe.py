@@ -120,7 +120,7 @@ def test_block_efficiency_is_measured_on_the_answers_behind_a_score():
         ("responses.writer=pretrian", "did you mean 'pretrain'"),
         (
             "responses.writer=corpus",
-            "responses.writer: no earlier Train stage 'corpus'; There are: target, pretrain",
+            "responses.writer: no earlier Train stage 'corpus': There are: target, pretrain",
         ),
         ("responses.writer=distill", "responses.writer: no earlier Train stage 'distill'"),
         ("responses.writer={'target': 0.5, 'pretrain': 0.4}", "shares must be positive and sum to 1"),

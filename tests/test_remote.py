@@ -246,7 +246,7 @@ def test_without_credentials_the_remedy_is_named(url, monkeypatch, tmp_path, cap
 
 def test_without_the_file_system_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    assert "pip install 'jaxdraft[gcs]'" in wrong("gs://bucket/run", capsys)
+    assert "EXTRAS=gcs bash launch/setup.sh" in wrong("gs://bucket/run", capsys)
     assert "a path on this machine or gs://" in wrong("s3://bucket/run", capsys)
     assert "a path on this machine or gs://" in wrong("ftp://bucket/run", capsys)
 

@@ -108,8 +108,8 @@ def test_the_mesh_fits_models_and_rows(shape, load, expected, monkeypatch):
 @pytest.mark.parametrize(
     "shape, message",
     [
-        (MeshShape(data=3), "{'data': 3} does not fit 8 groups"),
-        (MeshShape(data=8, fsdp=8), "does not fit 8 groups"),
+        (MeshShape(data=3), "mesh.data=3 does not fit 8 devices"),
+        (MeshShape(data=8, fsdp=8), "mesh.data=8, mesh.fsdp=8 does not fit 8 devices"),
         (MeshShape(tensor=3), "mesh.tensor is 3: it must divide 8 devices"),
         (MeshShape(tensor=8), r"mesh.tensor is 8: it must divide 8 devices and the numbers of heads, \[4, 32\]"),
         (MeshShape(data=1), "in 2 slices, which go on data"),

@@ -92,8 +92,8 @@ def topology_devices(topology: Topology) -> list[Any]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            '--topology needs the TPU compiler, which runs on any machine: pip install "jaxdraft[tpu]", or pip install '
-            "libtpu"
+            "--topology needs the TPU compiler, which runs on any machine: EXTRAS=tpu bash launch/setup.sh in the "
+            "checkout, or install libtpu beside jaxdraft"
         )
     host = tuple(min(2, size) for size in (*topology.shape[:2], 1))
     options: dict[str, Any] = {"num_slices": topology.slices, "chips_per_host_bounds": host}

@@ -219,7 +219,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, mesh, models):
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="does not fit 1 groups"):
+    with pytest.raises(ConfigError, match=r"mesh\.data=2, mesh\.fsdp=2 does not fit 1 devices"):
         MeshShape(data=2, fsdp=2).build()
     with pytest.raises(ConfigError, match=r"mesh\.tensor is 2: it must divide 1 devices"):
         MeshShape(tensor=2).build()
