@@ -94,14 +94,19 @@ class Context:
         """``mesh`` for other devices than those at hand; their dtype is that of ``backend.platform``."""
         trained = [stage for stage in self.recipe.stages if isinstance(stage, Train)]
         rows = math.gcd(*(stage.batch_size // stage.accumulate for stage in trained)) or None
-        sizes = [(_TRAINED_BYTES * _parameters(stage.model or self.recipe.draft)) for stage in trained]
-        frozen = compute_dtype().itemsize * _parameters(self.target_shape)
+        sizes = [(_TRAINED_BYTES * self._parameters(stage.model or self.recipe.draft)) for stage in trained]
+        frozen = compute_dtype().itemsize * self._parameters(self.target_shape)
         return self.recipe.mesh.build(Load(frozen + max(sizes, default=0), rows, self._heads), devices)
 
     def decode_mesh_on(self, mesh: Mesh) -> Mesh:
         """``decode_mesh`` for a mesh of ``mesh_on``."""
-        bytes = compute_dtype().itemsize * (_parameters(self.target_shape) + _parameters(self.recipe.draft))
-        return self.recipe.mesh.for_decoding(mesh, Load(bytes, heads=self._heads))
+        parameters = self._parameters(self.target_shape) + self._parameters(self.recipe.draft)
+        return self.recipe.mesh.for_decoding(mesh, Load(compute_dtype().itemsize * parameters, heads=self._heads))
+
+    def _parameters(self, shape: ModelConfig) -> int:
+        """Of a shape that may wait for a vocabulary: the target's; at least so many where that waits too."""
+        size = shape.vocab_size or self.target_shape.vocab_size or 1
+        return dataclasses.replace(shape, vocab_size=size).num_parameters
 
     @property
     def _heads(self) -> tuple[int, ...]:
@@ -172,11 +177,6 @@ class Context:
             bos_id=tokenizer.bos_id,
             eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         )
-
-
-def _parameters(shape: ModelConfig) -> int:
-    """Of a shape that may wait for its vocabulary, at least so many."""
-    return dataclasses.replace(shape, vocab_size=shape.vocab_size or 1).num_parameters
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from jaxdraft.data.pipeline import pack_concatenate, pack_whole
 from jaxdraft.data.prompts import Prompt, example_id
 from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.decode import generate_batches
-from jaxdraft.distributed import is_lead, on_lead
+from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.recipe import TARGET, DraftVocabulary, Generate, Prepare, Score, TrainTokenizer
@@ -64,12 +64,8 @@ class _Question:
 
 def run_generate(stage: Generate, context: Context) -> Outputs:
     folder = context.folder(stage.name)
-    questions = [
-        _Question(prompt, temperature)
-        for source in stage.prompts
-        for prompt in source.prompts(context.tokenizer)
-        for temperature in stage.temperatures
-    ]
+    prompts = together(lambda: [p for source in stage.prompts for p in source.prompts(context.tokenizer)])
+    questions = [_Question(prompt, temperature) for prompt in prompts for temperature in stage.temperatures]
     if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
         raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
     if not questions:
@@ -77,7 +73,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     stored = stage.keep_logits and target_logits(stage.name, stage.keep_logits, context)
     if stored:
         tokens = sum(len(question.prompt.tokens) + stage.max_new_tokens for question in questions)
-        check_space(stage.name, tokens, stored, context, packed=False)
+        on_lead(lambda: check_space(stage.name, tokens, stored, context, packed=False))
     shards = [questions[i : i + stage.shard_size] for i in range(0, len(questions), stage.shard_size)]
     paths = [folder / f"responses-{i:05d}-of-{len(shards):05d}.jsonl" for i in range(len(shards))]
     models: dict[str, Model] = {}
@@ -119,7 +115,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
 
 def run_score(stage: Score, context: Context) -> Outputs:
     rows, stored = context.rows(stage.data), target_logits(stage.name, stage.keep_logits, context)
-    check_space(stage.name, len(rows) * rows.length, stored, context)
+    on_lead(lambda: check_space(stage.name, len(rows) * rows.length, stored, context))
     source, counts = rows.manifest["source"]["settings"], rows.manifest["counts"]
     found = scored(stage.name, (rows[i] for i in range(len(rows))), stored, context, len(rows))
     if not is_lead():

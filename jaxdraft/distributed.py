@@ -49,6 +49,8 @@ def initialize() -> None:
         try:
             jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
         except ValueError as error:
+            if _VARIABLES[0] in os.environ:
+                raise ConfigError(f"{_VARIABLES[0]} is set: set {', '.join(_VARIABLES[1:])} too, or none") from error
             if "coordinator_address" not in str(error):  # that of a process in no job at all
                 raise
         except RuntimeError as error:
@@ -99,6 +101,24 @@ def on_all(problem: str) -> list[str]:
     text[: len(told)] = told
     heard = multihost_utils.process_allgather(text)
     return [line for row in heard if (line := bytes(row).rstrip(b"\0").decode(errors="ignore"))]
+
+
+def together(work: Callable[[], T]) -> T:
+    """What ``work`` gives on each process, which reads files there; where it fails on one, all of them stop.
+
+    Raises:
+      ConfigError, OSError: as ``work`` did here; OSError where it failed on another process.
+    """
+    try:
+        result, error = work(), None
+    except (ConfigError, OSError) as caught:
+        result, error = None, caught
+    found = on_all("" if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    if found:
+        raise OSError(found[0])
+    return result  # type: ignore[return-value]
 
 
 def fetch(tree: Any) -> Any:

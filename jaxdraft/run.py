@@ -20,7 +20,7 @@ import jax
 
 from jaxdraft import __version__
 from jaxdraft.context import Context, sha256
-from jaxdraft.distributed import is_lead, on_all, on_lead
+from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.home import Home, open_home
 from jaxdraft.losses import check_loss
@@ -95,7 +95,8 @@ def run(
     home = open_home(workdir, jax.process_index())
     context = Context(recipe, home, profile)
     with contextlib.ExitStack() as held, _interruptible():
-        _ = context.mesh  # one that does not fit is told before anything is written
+        together(lambda: context.target_shape)
+        _ = context.mesh, context.decode_mesh  # what does not fit is told before anything is written
         on_lead(lambda: _begin(context, held))
         ran, made = False, dict[str, str]()
         for number, stage in enumerate(recipe.stages, start=1):
@@ -199,15 +200,9 @@ def _execute(plan: Plan, context: Context) -> str:
 
 def _fetch_inputs(stage: Stage, context: Context) -> None:
     """Brings what a stage reads to every process that takes part in it."""
-    problem = ""
-    if is_lead() or isinstance(stage, ON_DEVICES):
-        try:
-            for name in context.recipe.needs(stage):
-                context.home.fetch(name)
-        except (ConfigError, OSError) as error:
-            problem = str(error)
-    if found := on_all(problem):
-        raise OSError(found[0])
+    takes_part = is_lead() or isinstance(stage, ON_DEVICES)
+    names = context.recipe.needs(stage) if takes_part else ()
+    together(lambda: list(map(context.home.fetch, names)))
 
 
 def _opened(plan: Plan, context: Context) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxdraft.distributed import on_lead
 from jaxdraft.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -65,7 +66,8 @@ class MeshShape:
       fsdp: shards of the parameters, each with its own rows of the batch. Chosen: all that is left, where they do not.
       tensor: shards of heads, MLP and vocabulary. Chosen: as few as make the rows of a batch divide over the rest; 1
         where no number does, and batches are filled up with empty rows.
-      decode_tensor: the same while text is written, when ``fsdp`` is 1. Chosen: as few as the models fit with.
+      decode_tensor: the same while text is written, which never cuts over ``fsdp``. Chosen: as few as the models fit
+        with.
     """
 
     data: int | None = None
@@ -88,9 +90,10 @@ class MeshShape:
         devices = jax.devices() if devices is None else devices
         slices = _slices(devices)
         choices = self._tensors("tensor", len(devices) // slices, load)
+        choices = [tensor for tensor in choices if self._leaves(len(devices) // tensor)] or choices
         divides = lambda tensor: load.rows is None or load.rows % (len(devices) // tensor) == 0
         tensor = next(filter(divides, choices), choices[0])
-        rest, fits = len(devices) // tensor, load.bytes / tensor <= _memory(devices[0]) / 2
+        rest, fits = len(devices) // tensor, load.bytes / tensor <= _memory(devices) / 2
         data, fsdp = self._data_and_fsdp(rest, slices, fits)
         if data * fsdp != rest or data % slices:
             asked = ", ".join(f"mesh.{name}={n}" for name in MESH_AXES if (n := getattr(self, name)) is not None)
@@ -105,11 +108,11 @@ class MeshShape:
         """The devices of the training mesh, in its order, for writing text: ``data`` × 1 × ``tensor``.
 
         Raises:
-          ConfigError: ``decode_tensor`` does not divide the number of devices.
+          ConfigError: ``decode_tensor`` does not divide the number of devices, or of heads.
         """
         devices = list(mesh.devices.flat)
-        choices = self._tensors("decode_tensor", len(devices) // _slices(devices), load)
-        fitting = [tensor for tensor in choices if load.bytes / tensor <= _memory(devices[0]) / 2]
+        choices, memory = self._tensors("decode_tensor", len(devices) // _slices(devices), load), _memory(devices)
+        fitting = [tensor for tensor in choices if load.bytes / tensor <= memory / 2]
         tensor = fitting[0] if fitting else choices[-1]
         return Mesh(mesh.devices.reshape(-1, 1, tensor), MESH_AXES, axis_types=mesh.axis_types)
 
@@ -122,6 +125,11 @@ class MeshShape:
             heads = f" and the numbers of heads, {sorted(set(load.heads))}" if load.heads else ""
             raise ConfigError(f"mesh.{name} is {fixed}: it must divide {devices} devices{heads}")
         return found
+
+    def _leaves(self, rest: int) -> bool:
+        """Whether ``data`` and ``fsdp``, as far as they are given, go into so many devices."""
+        given = [size for size in (self.data, self.fsdp) if size is not None]
+        return math.prod(given) == rest if len(given) == 2 else rest % math.prod(given) == 0
 
     def _data_and_fsdp(self, rest: int, slices: int, fits: bool) -> tuple[int, int]:
         data, fsdp = self.data, self.fsdp
@@ -212,10 +220,15 @@ def _slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
-def _memory(device: Any) -> int:
-    """Bytes of a device's memory."""
-    try:
-        stats = device.memory_stats()
-    except jax.errors.JaxRuntimeError:  # a device that programs are only compiled for
-        stats = None
-    return (stats or {}).get("bytes_limit") or _MEMORY.get(device.device_kind, _OTHER_MEMORY)
+def _memory(devices: Sequence[Any]) -> int:
+    """Bytes of a device's memory, as the lead is told of its own: other processes' devices do not say."""
+
+    def of_own() -> int:
+        device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
+        try:
+            stats = device.memory_stats()
+        except jax.errors.JaxRuntimeError:  # a device that programs are only compiled for
+            stats = None
+        return (stats or {}).get("bytes_limit") or _MEMORY.get(device.device_kind, _OTHER_MEMORY)
+
+    return on_lead(of_own)

@@ -20,7 +20,7 @@ from jaxdraft.data_stages import (
     run_score,
     run_train_tokenizer,
 )
-from jaxdraft.distributed import fetch, is_lead, on_lead
+from jaxdraft.distributed import fetch, is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
@@ -153,7 +153,7 @@ def _start(
 def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
     folder = context.folder(stage.name)
     target = Model.load(context.target_folder, context.decode_mesh)
-    tasks = [(task, task.prompts.prompts(context.tokenizer)) for task in stage.tasks]
+    tasks = together(lambda: [(task, task.prompts.prompts(context.tokenizer)) for task in stage.tasks])
     for task, prompts in tasks:
         if not prompts:
             raise ConfigError(f"{stage.name}: task {task.name!r} has no prompts")

@@ -75,6 +75,7 @@ class Device:
     slice_index: int = 0
     device_kind: str = "TPU v5 lite"
     platform: str = "tpu"
+    process_index: int = 0
 
     def memory_stats(self):
         return None
@@ -94,6 +95,8 @@ GB = 10**9
         (MeshShape(), Load(20 * GB, rows=20, heads=(32, 8)), (1, 4, 2)),
         (MeshShape(), Load(rows=10, heads=(2, 4)), (8, 1, 1)),  # 4 shards would divide, 2 heads do not let them
         (MeshShape(), Load(rows=10, heads=(12,)), (2, 1, 4)),
+        (MeshShape(data=8), Load(rows=20, heads=(32,)), (8, 1, 1)),  # what is asked for counts, rows are filled up
+        (MeshShape(data=2, fsdp=2), Load(), (2, 2, 2)),
         (MeshShape(fsdp=4), Load(), (2, 4, 1)),
         (MeshShape(data=2), Load(), (2, 4, 1)),
         (MeshShape(tensor=2), Load(), (4, 1, 2)),

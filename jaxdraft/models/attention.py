@@ -5,7 +5,7 @@ What XLA compiles of the formula keeps a score for every query, key and head: 4Â
 
 - TPU: splash attention, which knows segments, windows and grouped heads, and skips blocks that nothing sees.
 - GPU: cuDNN's, where it can be had: see ``_cudnn``.
-- CPU, and wherever these do not apply: the formula, ``jax.nn.dot_product_attention``.
+- CPU, and wherever these do not apply: the formula, ``attend``.
 
 A kernel changes the order of sums and nothing else; tests/models/test_attention.py derives by how much that can differ.
 

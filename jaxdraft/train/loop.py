@@ -95,7 +95,7 @@ def train(
                 if before_save is not None:
                     before_save(*log.files)
                 checkpoints.save(step + 1, state)
-        tracer.stop(state)
+        tracer.finish(start, state)
         checkpoints.wait()
         log.close()
     return state.params
@@ -110,6 +110,7 @@ def _place(batches: Batches, step: int, mesh: Mesh, accumulate: int) -> dict[str
     size = -(-len(batches) // multiple) * multiple
     spans = [index[0].indices(size) for index in sharding.addressable_devices_indices_map((size,)).values() if index]
     first, end = min(begin for begin, _, _ in spans), max(end for _, end, _ in spans)
+    first = min(first, len(batches) - 1)  # a process that holds filler alone has to know its shape
     rows = batches.part(step, slice(first, end))
 
     def on_device(values: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -135,14 +136,21 @@ class _Tracer:
             jax.profiler.start_trace(self._folder)
             self._running = True
         if step == self._end:
-            self.stop(state)
+            self._stop(step, state)
 
-    def stop(self, state: Any) -> None:
+    def finish(self, start: int, state: Any) -> None:
+        """After the last step of a run that began with step ``start``."""
+        steps = int(state.step)
+        self._stop(steps, state)
+        if self._end > 0 and not start <= self._first < steps:
+            say(f"    nothing traced: this run made steps {start} to {steps - 1}, asked for was {self._first}")
+
+    def _stop(self, step: int, state: Any) -> None:
         if self._running:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._running = False
-            say(f"    steps {self._first} to {self._end - 1} traced into {self._folder}")
+            say(f"    steps {self._first} to {step - 1} traced into {self._folder}")
 
 
 class _Log:

@@ -16,7 +16,7 @@ TINY = ROOT / "tests" / "tiny_recipe.py"
 
 TWO = """
 import jax, numpy as np
-from jaxdraft import distributed
+from jaxdraft import distributed, sharding
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.sharding import MeshShape, batch_sharding, place
 
@@ -47,6 +47,23 @@ for error, heard in ((ConfigError("no"), ConfigError), (Interrupted("no"), Inter
     else:
         raise AssertionError("nothing was raised")
 
+def reads(error):
+    def work():
+        if me and error:
+            raise error
+        return me
+    return work
+
+assert distributed.together(reads(None)) == me
+try:
+    distributed.together(reads(ConfigError("no such file")))
+except (ConfigError, OSError) as told:
+    assert isinstance(told, ConfigError if me else OSError) and str(told) == "no such file"
+else:
+    raise AssertionError("nothing was raised")
+
+sharding._memory.__globals__["_OTHER_MEMORY"] = 100 * (1 + me)  # the lead's counts: processes must not choose apart
+assert MeshShape().build(sharding.Load(bytes=80)).shape["fsdp"] == 2
 mesh = MeshShape().build()
 x = np.arange(12.0).reshape(4, 3)
 cut, whole = place(mesh, x, rows=True), place(mesh, x[:3], rows=True)  # three rows do not divide
@@ -116,6 +133,17 @@ def test_every_stage_gives_what_one_process_gives(alone, tmp_path, processes, de
     assert found["loss"] < 1e-5
     assert found["parameters"] < 1e-5
     assert found["tokens"] == 0, "answers in float32 do not depend on the layout, but for ties"
+
+
+@pytest.mark.slow
+def test_a_process_may_hold_filler_alone(tmp_path):
+    """Five rows on four devices are filled up to eight: the last process has none of its own."""
+    five = ("--only", "tokenizer", "corpus", "target", "--set", "target.batch_size=5", "--set", "mesh.tensor=1")
+    for processes in (1, 4):
+        run(TINY, tmp_path / str(processes), processes, 1, *five)
+    found = differences(tmp_path / "1", tmp_path / "4")
+    assert found["loss"] < 1e-5
+    assert found["parameters"] < 1e-5
 
 
 @pytest.mark.slow
