@@ -99,7 +99,8 @@ def _read(change: Change, hint: Any) -> Any:
     except ConfigError as error:
         raise change.wrong(str(error)) from None
     except (ValueError, SyntaxError):
-        wanted = getattr(hint, "__name__", str(hint))
+        choices = ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else ""
+        wanted = f"one of {choices}" if choices else getattr(hint, "__name__", str(hint))
         raise change.wrong(f"cannot read {change.text!r} as {wanted}") from None
 
 

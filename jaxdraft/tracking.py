@@ -62,16 +62,28 @@ def say(text: str) -> None:
 
 def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
     """The lead's bar with rate and remaining time on standard error; in a log file a line every half minute."""
-    interval = 0.5 if sys.stderr.isatty() else 30
+    watched = sys.stderr.isatty()
     return tqdm(
+        file=sys.stderr if watched else _Lines(),
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
         dynamic_ncols=True,
-        mininterval=interval,
+        mininterval=0.5 if watched else 30,
         disable=not is_lead(),
     )
+
+
+class _Lines:
+    """Standard error for a bar in a log: each of its states is a line, which launchers pass on when it is whole."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            sys.stderr.write(state + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ def test_block_efficiency_is_measured_on_the_answers_behind_a_score():
         ("export.draft=corpus", "no earlier Train stage 'corpus'"),
         ("distill.steps=many", "cannot read 'many' as int"),
         ("distill.steps=1e3", "cannot read '1e3' as int"),
-        ("distill.remat=perhaps", "cannot read 'perhaps'"),
+        ("distill.remat=perhaps", "cannot read 'perhaps' as one of none, dots, full"),
         ("distill.decay=square", "cannot read 'square'"),
         ("distill.steps=0", "steps is 0"),
         ("distill.learning_rate=-1", "learning_rate is -1"),

@@ -46,6 +46,8 @@ def plan(
         chips = slices.hardware if slices else Hardware("H100", 8)
     for stage in only:
         context.recipe.stage(stage)
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--json {out}: there is no folder {out.parent}: make it first")
     if only and slices is None:
         raise ConfigError("--only names stages to compile: give --topology, such as v5e:4x4")
     devices = None if slices is None else topology_devices(slices)
