@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdraft.distributed import fetch, on_all, on_lead
+from jaxdraft.remote import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, keep_period=keep_every, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        place = folder if "://" in str(folder) else Path(folder).absolute()
+        place = folder if is_url(folder) else Path(folder).absolute()
         self._manager = ocp.CheckpointManager(place, options=options)
 
     def __enter__(self) -> "Checkpoints":

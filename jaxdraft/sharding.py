@@ -176,6 +176,12 @@ def row_groups(mesh: Mesh) -> int:
     return _ways(mesh, BATCH_AXES)
 
 
+def position_axis(mesh: Mesh, length: int) -> str | None:
+    """The axis whose devices, which hold the same rows, can share the positions of rows of this length; or none."""
+    shards = mesh.shape["tensor"]
+    return "tensor" if shards > 1 and length % shards == 0 else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -40,6 +40,18 @@ value() {
     printf '%s\n' "$2"
 }
 
+# Takes one of the words before RECIPE: the verb, then the NAME. Fails at the next one.
+verb='' name=''
+take_word() {
+    if [[ -z "$verb" ]]; then
+        verb=$1
+    elif [[ -z "$name" ]]; then
+        name=$1
+    else
+        return 1
+    fi
+}
+
 # Sets workdir from the arguments of `jaxdraft run`: RECIPE --workdir DIR ...
 need_recipe() {
     workdir=

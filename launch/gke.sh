@@ -22,7 +22,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-verb='' name='' image='' tpu='' gpu='' gpus=8 nodes=1 spot='' restarts=20 namespace=''
+image='' tpu='' gpu='' gpus=8 nodes=1 spot='' restarts=20 namespace=''
 while (($# > 0)); do
     case $1 in
         -h | --help) show_help && exit ;;
@@ -36,16 +36,7 @@ while (($# > 0)); do
         --restarts) restarts=$(value "$@"); shift 2 ;;
         --namespace) namespace=$(value "$@"); shift 2 ;;
         -*) fail "unknown option $1" ;;
-        *)
-            if [[ -z "$verb" ]]; then
-                verb=$1
-            elif [[ -z "$name" ]]; then
-                name=$1
-            else
-                break
-            fi
-            shift
-            ;;
+        *) take_word "$1" || break; shift ;;
     esac
 done
 [[ -n "$verb" ]] || fail "give a verb: run, render, watch, logs, suspend, resume or delete"

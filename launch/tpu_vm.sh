@@ -21,7 +21,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-verb='' name='' zone='' project='' type='' runtime='' spot='' worker=0
+zone='' project='' type='' runtime='' spot='' worker=0
 while (($# > 0)); do
     case $1 in
         -h | --help) show_help && exit ;;
@@ -33,16 +33,7 @@ while (($# > 0)); do
         --runtime) runtime=$(value "$@"); shift 2 ;;
         --worker) worker=$(value "$@"); shift 2 ;;
         -*) fail "unknown option $1" ;;
-        *)
-            if [[ -z "$verb" ]]; then
-                verb=$1
-            elif [[ -z "$name" ]]; then
-                name=$1
-            else
-                break
-            fi
-            shift
-            ;;
+        *) take_word "$1" || break; shift ;;
     esac
 done
 [[ -n "$verb" ]] || fail "give a verb: create, watch, setup, run, logs, status, stop, delete"

@@ -14,7 +14,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-verb='' name='' cluster='' type='' image='' slices=1 restarts=20 zone='' project=''
+cluster='' type='' image='' slices=1 restarts=20 zone='' project=''
 while (($# > 0)); do
     case $1 in
         -h | --help) show_help && exit ;;
@@ -27,16 +27,7 @@ while (($# > 0)); do
         --zone) zone=$(value "$@"); shift 2 ;;
         --project) project=$(value "$@"); shift 2 ;;
         -*) fail "unknown option $1" ;;
-        *)
-            if [[ -z "$verb" ]]; then
-                verb=$1
-            elif [[ -z "$name" ]]; then
-                name=$1
-            else
-                break
-            fi
-            shift
-            ;;
+        *) take_word "$1" || break; shift ;;
     esac
 done
 [[ -n "$verb" ]] || fail "give a verb: run, watch, logs or delete"

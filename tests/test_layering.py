@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "tokenizers": set(),
     "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed"},
-    "checkpoint": {"distributed", "sharding"},
+    "checkpoint": {"distributed", "remote", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote"},

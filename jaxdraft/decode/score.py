@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdraft.backend import platform
+from jaxdraft.backend import default_chunk
 from jaxdraft.models.decoder import Decoder, Params, following, head_weight, logits
-from jaxdraft.sharding import BATCH_AXES
+from jaxdraft.sharding import BATCH_AXES, position_axis
 
 
 class TopScores(NamedTuple):
@@ -67,14 +67,14 @@ def score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temp
     labels_BT = jnp.where(has_label_BT, following(tokens_BT, -1), -1)
 
     def local(hidden_BTD, head_DV, labels_BT):
-        chunk = min(_chunk(head_DV.shape[1]), labels_BT.size)
+        chunk = min(default_chunk(head_DV.shape[1]), labels_BT.size)
         score = lambda x: _score(logits(x[0][None], head_DV)[0] / temperature, x[1], k)
         found = jax.lax.map(score, (_chunked(hidden_BTD, chunk), _chunked(labels_BT, chunk)))
         count = labels_BT.size
         return [x.reshape(-1, x.shape[-1])[:count].reshape(*labels_BT.shape, -1) for x in found]
 
     # Left to the partitioner, chunks over sharded rows would make it gather all rows to every device.
-    rows = PartitionSpec(BATCH_AXES, "tensor" if labels_BT.shape[1] % mesh.shape["tensor"] == 0 else None)
+    rows = PartitionSpec(BATCH_AXES, position_axis(mesh, labels_BT.shape[1]))
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(rows, PartitionSpec(), rows), out_specs=[rows, rows], check_vma=False
     )
@@ -99,9 +99,3 @@ def _chunked(x: jax.Array, chunk: int) -> jax.Array:
     flat = x.reshape(-1, *x.shape[2:])
     filler = [(0, -len(flat) % chunk), *[(0, 0)] * (flat.ndim - 1)]
     return jnp.pad(flat, filler).reshape(-1, chunk, *flat.shape[1:])
-
-
-def _chunk(vocabulary: int) -> int:
-    """Positions whose logits are held at once: 2 MiB of float32 on a CPU, whose caches hold that, 128 MiB elsewhere."""
-    budget = (2 if platform() == "cpu" else 128) * 2**20
-    return max(128, budget // (4 * vocabulary))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdraft.backend import platform
+from jaxdraft.backend import default_chunk, platform
 from jaxdraft.errors import ConfigError
 from jaxdraft.losses.acceptance import agreement, overlap
 from jaxdraft.losses.base import Loss
@@ -192,15 +192,6 @@ def batch_statistics(
 
     rows = jax.tree.map(lambda x: _split(x, size), (jax.lax.stop_gradient(draft_hidden_ND), positions))
     return jax.tree.map(jnp.sum, jax.lax.scan(add, None, rows)[1])
-
-
-def default_chunk(vocabulary: int) -> int:
-    """Positions per chunk, at least 128: 2 MiB of float32 logits on a CPU, 128 MiB elsewhere.
-
-    Every chunk reads the head twice and its gradient once and writes it once, about 2/C bytes for each floating-point
-    operation: a CPU is a sixth slower with 64 positions, accelerators need some 500 before the products dominate.
-    """
-    return max(128, (2 if platform() == "cpu" else 128) * 2**20 // (4 * vocabulary))
 
 
 def default_piece(vocabulary: int) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxdraft.losses import Loss, Positions, Shared, batch_statistics, chunked, weighted
 from jaxdraft.models import Decoder, head_weight
 from jaxdraft.models.decoder import Params, following
-from jaxdraft.sharding import BATCH_AXES, batch_sharding, replicated
+from jaxdraft.sharding import BATCH_AXES, batch_sharding, position_axis, replicated
 from jaxdraft.train.state import OptimizerSettings, TrainState
 
 Batch = dict[str, jax.Array]
@@ -192,9 +192,8 @@ def _over_devices(loss: Loss, local: Callable[..., Any], mesh: Mesh, work: Work,
     Devices along ``tensor`` hold the same rows. A loss that treats every position alike lets each take its part of
     their positions; weights that follow from a position's row need the whole row.
     """
-    shards, length = mesh.shape["tensor"], work.labels_BT.shape[1]
-    cut = shards > 1 and loss.weights is None and length % shards == 0
-    places = PartitionSpec(BATCH_AXES, "tensor" if cut else None)
+    axis = position_axis(mesh, work.labels_BT.shape[1]) if loss.weights is None else None
+    places = PartitionSpec(BATCH_AXES, axis)
 
     def summed(work: Work, key: jax.Array | None, means: Metrics | None) -> Any:
         target_hidden_NE = _flat(work.hidden["target"]) if "target" in work.hidden else None
@@ -203,7 +202,7 @@ def _over_devices(loss: Loss, local: Callable[..., Any], mesh: Mesh, work: Work,
         positions = Positions(labels_N, weights_N, target_hidden_NE, stored, draw_ids_N)
         ids_R = None if draft_ids is None else jnp.asarray(draft_ids)
         shared = Shared(work.heads.get("target"), ids_R, key, means)
-        return jax.lax.psum(local(work, positions, shared), (*BATCH_AXES, "tensor") if cut else BATCH_AXES)
+        return jax.lax.psum(local(work, positions, shared), (*BATCH_AXES, axis) if axis else BATCH_AXES)
 
     whole = PartitionSpec()
     specs = Work(places, whole, places, places, places, places)  # type: ignore[arg-type]

@@ -75,14 +75,14 @@ def test_the_rest_of_a_confident_model_does_not_cancel():
 @pytest.mark.parametrize("chunk", [1, 5, 39, 1000])
 def test_chunks_change_nothing(tiny, monkeypatch, chunk):
     whole = scores(tiny, 3)
-    monkeypatch.setattr(score, "_chunk", lambda vocabulary: chunk)
+    monkeypatch.setattr(score, "default_chunk", lambda vocabulary: chunk)
     jax.clear_caches()
     for a, b in zip(scores(tiny, 3), whole, strict=True):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)
 
 
 def test_no_array_of_all_logits_exists(tiny, monkeypatch):
-    monkeypatch.setattr(score, "_chunk", lambda vocabulary: 8)
+    monkeypatch.setattr(score, "default_chunk", lambda vocabulary: 8)
     many = np.ones((4, 2048), np.int32)
     settings = (4, 1.0, MeshShape().build())
     with jax.set_mesh(settings[2]):
