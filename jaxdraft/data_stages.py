@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdraft.context import VOCABULARY, Context
 from jaxdraft.data.pipeline import pack_concatenate, pack_whole
-from jaxdraft.data.prompts import Prompt, example_id
+from jaxdraft.data.prompts import Prompt, example_id, read_prompts
 from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.decode import generate_batches
 from jaxdraft.distributed import is_lead, on_lead, together
@@ -64,7 +64,7 @@ class _Question:
 
 def run_generate(stage: Generate, context: Context) -> Outputs:
     folder = context.folder(stage.name)
-    prompts = together(lambda: [p for source in stage.prompts for p in source.prompts(context.tokenizer)])
+    prompts = together(lambda: [p for source in stage.prompts for p in read_prompts(source, context.tokenizer)])
     questions = [_Question(prompt, temperature) for prompt in prompts for temperature in stage.temperatures]
     if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
         raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")

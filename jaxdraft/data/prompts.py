@@ -2,11 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.data.sources import files_fingerprint, read_jsonl
 from jaxdraft.errors import ConfigError
 from jaxdraft.remote import local_copy
@@ -14,6 +16,14 @@ from jaxdraft.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 _FORMS = ("prompt", "messages", "tokens")
+_SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (float, lambda value: 0 <= value < math.inf, "0 or a positive number"),
+    "top_p": (float, lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "max_new_tokens": (int, lambda value: value >= 1, "a whole number of at least 1"),
+}
+
+Message = Mapping[str, str]
+"""``{"role": "system" | "user" | "assistant", "content": text}``."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +35,19 @@ class Prompt:
       tokens: ids to start from, BOS included where the tokenizer adds it.
       text: the prompt as text.
       reference: a known answer, or None.
-      extra: every other field of the line, and "messages" or "tokens" where the prompt was given so.
+      messages: of a conversation, what ``text`` is the rendering of; None for other prompts.
+      temperature, top_p, max_new_tokens: where this prompt is to be answered otherwise than the stage says.
+      extra: every other field of the line.
     """
 
     id: str
     tokens: tuple[int, ...]
     text: str
     reference: str | None = None
+    messages: tuple[Message, ...] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,13 +59,29 @@ def example_id(name: str) -> int:
 class PromptSource(Protocol):
     """What `Generate` and `Evaluate` read."""
 
-    def prompts(self, tokenizer: Tokenizer) -> list[Prompt]:
-        """The prompts, in the same order every time."""
+    def prompts(self, tokenizer: Tokenizer) -> Iterable[Prompt | Rejected]:
+        """The prompts, in the same order every time, with a ``Rejected`` in the place of each that cannot be had."""
         ...
 
     def fingerprint(self) -> str:
         """sha256 of the content `prompts` is made from."""
         ...
+
+
+def read_prompts(source: PromptSource, tokenizer: Tokenizer, quarantine: Quarantine | None = None) -> list[Prompt]:
+    """All prompts of a source; what it rejects goes to the quarantine, or into the log.
+
+    Raises:
+      ConfigError: it has none that fits.
+    """
+    found = quarantine or Quarantine()
+    prompts = list(found.accepted(source.prompts(tokenizer)))
+    if not prompts:
+        raise ConfigError(f"{source}: no prompts")
+    if quarantine is None:
+        for reason, count in found.counts.items():
+            _log.warning("%s: left out %d prompts: %s", source, count, reason)
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -58,7 +90,7 @@ class PromptFile:
 
     Attributes:
       limit: at most this many prompts, the first ones that fit.
-      max_tokens: a longer prompt is left out, and the log says how many were.
+      max_tokens: a longer prompt is rejected.
     Raises (when read):
       ConfigError: names file and line.
     """
@@ -70,24 +102,20 @@ class PromptFile:
     def fingerprint(self) -> str:
         return files_fingerprint([self._file()])
 
-    def prompts(self, tokenizer: Tokenizer) -> list[Prompt]:
-        prompts: dict[str, Prompt] = {}
-        skipped = 0
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
+        ids: set[str] = set()
         for number, row in self._rows():
-            if self.limit is not None and len(prompts) == self.limit:
+            if self.limit is not None and len(ids) == self.limit:
                 break
-            prompt = _prompt(row, number, tokenizer, f"{self.path}: line {number}")
-            if prompt.id in prompts:
-                raise ConfigError(f"{self.path}: line {number}: id {prompt.id!r} was used before; ids must be unique")
+            where = f"{self.path}: line {number}"
+            prompt = read_prompt(row, number, tokenizer, where)
+            if prompt.id in ids:
+                raise ConfigError(f"{where}: id {prompt.id!r} was used before; ids must be unique")
             if self.max_tokens is not None and len(prompt.tokens) > self.max_tokens:
-                skipped += 1
+                yield Rejected(where, f"more than {self.max_tokens} tokens")
             else:
-                prompts[prompt.id] = prompt
-        if skipped:
-            _log.warning("%s: left out %d prompts of more than %d tokens", self.path, skipped, self.max_tokens)
-        if not prompts:
-            raise ConfigError(f"{self.path}: no prompts" + (f" of at most {self.max_tokens} tokens" if skipped else ""))
-        return list(prompts.values())
+                ids.add(prompt.id)
+                yield prompt
 
     def _file(self) -> Path:
         path = Path(local_copy(self.path))
@@ -102,16 +130,22 @@ class PromptFile:
             raise ConfigError(f"{self.path}: cannot be read ({error})") from error
 
 
-def _prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prompt:
+def read_prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prompt:
+    """The prompt that a JSON object gives; `number` is the id of one that has none.
+
+    Raises:
+      ConfigError: it gives none; the message begins with `where`.
+    """
     given = [form for form in _FORMS if isinstance(row, dict) and form in row]
     if len(given) != 1:
         raise ConfigError(f"{where}: needs exactly one of {', '.join(_FORMS)}, has {' and '.join(given) or 'none'}")
-    form = given[0]
+    form, messages = given[0], None
     if form == "prompt":
         text = _expect(row, "prompt", str, where)
         tokens = tokenizer.encode(text)
     elif form == "messages":
-        text = tokenizer.render(_messages(_expect(row, "messages", list, where), where))
+        messages = tuple(_messages(_expect(row, "messages", list, where), where))
+        text = tokenizer.render(messages)
         tokens = tokenizer.encode(text, bos=False)
     else:
         tokens = _expect(row, "tokens", list, where)
@@ -121,9 +155,9 @@ def _prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prompt:
     if not tokens:
         raise ConfigError(f"{where}: the prompt is empty")
     reference = None if row.get("reference") is None else _expect(row, "reference", str, where)
-    known = {"id", "prompt", "reference"}
-    extra = {key: value for key, value in row.items() if key not in known}
-    return Prompt(str(row.get("id", number)), tuple(tokens), text, reference, extra)
+    settings = {key: _setting(row, key, where) for key in _SETTINGS if row.get(key) is not None}
+    extra = {key: value for key, value in row.items() if key not in {"id", "reference", *_FORMS, *_SETTINGS}}
+    return Prompt(str(row.get("id", number)), tuple(tokens), text, reference, messages, **settings, extra=extra)
 
 
 def _messages(messages: list[Any], where: str) -> list[dict[str, str]]:
@@ -131,6 +165,14 @@ def _messages(messages: list[Any], where: str) -> list[dict[str, str]]:
         if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
             raise ConfigError(f'{where}: each of "messages" needs "role" and "content" as text')
     return messages
+
+
+def _setting(row: dict[str, Any], key: str, where: str) -> Any:
+    kind, is_valid, rule = _SETTINGS[key]
+    value = row[key]
+    if type(value) not in (int, kind) or not is_valid(value):
+        raise ConfigError(f"{where}: {key!r} is {value!r}: it must be {rule}")
+    return kind(value)
 
 
 def _expect(row: dict[str, Any], key: str, kind: type, where: str) -> Any:

@@ -132,7 +132,7 @@ class PythonTask:
         examples = [e for e in _examples() if e.split == self.split and self.kind in (e.kind, "all")]
         tokens = tokenizer.encode_batch([e.prompt for e in examples])
         prompts = [
-            Prompt(f"{e.kind}:{e.name}", tuple(ids), e.prompt, e.response, {"task": e.kind})
+            Prompt(f"{e.kind}:{e.name}", tuple(ids), e.prompt, e.response, extra={"task": e.kind})
             for e, ids in zip(examples, tokens, strict=True)
             if len(ids) <= self.max_tokens
         ]

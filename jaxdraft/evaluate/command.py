@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxdraft.data.prompts import PromptFile, example_id
+from jaxdraft.data.prompts import PromptFile, example_id, read_prompts
 from jaxdraft.decode import generate_batches, speculative_batches, token_origins
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
@@ -48,7 +48,7 @@ def evaluate_pair(
     measured = Task(task, PromptFile(str(prompts), limit, max_tokens=room), temperature, top_p, max_new_tokens)
     tokenizer = _shared_tokenizer(target, draft)
     out.mkdir(parents=True, exist_ok=True)
-    found = measured.prompts.prompts(tokenizer)
+    found = read_prompts(measured.prompts, tokenizer)
     settings = Settings(block_sizes, seed, batch_size)
     with progress_bar(Evaluator.amount(len(found), 1, len(block_sizes)), task, "answer") as bar:
         evaluator = Evaluator(Model.load(target), [(measured, found)], settings, bar.update)

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from jaxdraft.data.prompts import Prompt, PromptFile, example_id
+from jaxdraft.data.prompts import Prompt, PromptFile, example_id, read_prompts
 from jaxdraft.errors import ConfigError
 
 
@@ -15,24 +15,23 @@ def prompt_file(tmp_path, *rows, **settings) -> PromptFile:
 
 def test_forms_ids_and_extra_fields(tmp_path, tokenizer):
     ids = tokenizer.encode("import os")
-    prompts = prompt_file(
-        tmp_path, {"id": 7, "prompt": "def f():", "reference": "r", "source": "s"}, "", {"tokens": ids}
-    ).prompts(tokenizer)
+    rows = {"id": 7, "prompt": "def f():", "reference": "r", "source": "s"}, "", {"tokens": ids, "temperature": 1}
+    prompts = read_prompts(prompt_file(tmp_path, *rows), tokenizer)
     first = tuple(tokenizer.encode("def f():"))
     assert first[0] == tokenizer.bos_id
     assert prompts == [
-        Prompt("7", first, "def f():", "r", {"source": "s"}),
-        Prompt("3", tuple(ids), "import os", None, {"tokens": ids}),
+        Prompt("7", first, "def f():", "r", extra={"source": "s"}),
+        Prompt("3", tuple(ids), "import os", temperature=1.0),
     ]
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
     rows = [{"prompt": text} for text in ("a", "b" * 500, "c", "d" * 500, "e")]
     with caplog.at_level(logging.WARNING):
-        kept = prompt_file(tmp_path, *rows, max_tokens=20, limit=3).prompts(tokenizer)
+        kept = read_prompts(prompt_file(tmp_path, *rows, max_tokens=20, limit=3), tokenizer)
     assert [prompt.text for prompt in kept] == ["a", "c", "e"]
-    assert "left out 2 prompts of more than 20 tokens" in caplog.text
-    assert [p.text for p in prompt_file(tmp_path, *rows, limit=1).prompts(tokenizer)] == ["a"]
+    assert "left out 2 prompts: more than 20 tokens" in caplog.text
+    assert [p.text for p in read_prompts(prompt_file(tmp_path, *rows, limit=1), tokenizer)] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -49,20 +48,23 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
         ([{"tokens": [True]}], "line 1: token True"),
         ([{"messages": [{"role": "user"}]}], 'line 1: each of "messages"'),
         ([{"messages": [{"role": "user", "content": "hi"}]}], "no chat template"),
+        ([{"prompt": "a", "top_p": 0}], r"line 1: 'top_p' is 0: it must be a number in \(0, 1\]"),
+        ([{"prompt": "a", "temperature": True}], "line 1: 'temperature' is True"),
+        ([{"prompt": "a", "max_new_tokens": 1.5}], "line 1: 'max_new_tokens' is 1.5"),
         ([{"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}], "line 2: id 'x' was used before"),
         ([], "no prompts"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, tokenizer, rows, message):
     with pytest.raises(ConfigError, match=message):
-        prompt_file(tmp_path, *rows).prompts(tokenizer)
+        read_prompts(prompt_file(tmp_path, *rows), tokenizer)
 
 
 def test_missing_file_and_nothing_that_fits(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="no such file of prompts"):
-        PromptFile(str(tmp_path / "none.jsonl")).prompts(tokenizer)
-    with pytest.raises(ConfigError, match="no prompts of at most 1 tokens"):
-        prompt_file(tmp_path, {"prompt": "abc"}, max_tokens=1).prompts(tokenizer)
+        read_prompts(PromptFile(str(tmp_path / "none.jsonl")), tokenizer)
+    with pytest.raises(ConfigError, match="line 1: more than 1 tokens; not one"):
+        read_prompts(prompt_file(tmp_path, {"prompt": "abc"}, max_tokens=1), tokenizer)
 
 
 def test_fingerprint_follows_the_content(tmp_path):
@@ -73,7 +75,7 @@ def test_fingerprint_follows_the_content(tmp_path):
 
 def test_real_prompts(shared_data, tokenizer):
     for name, count in (("dolly_151.jsonl", 151), ("HumanEval.jsonl.gz", 164), ("xsum_t0.jsonl", 200)):
-        assert len(PromptFile(str(shared_data / "prompts" / name)).prompts(tokenizer)) == count
+        assert len(read_prompts(PromptFile(str(shared_data / "prompts" / name)), tokenizer)) == count
 
 
 @pytest.mark.slow
