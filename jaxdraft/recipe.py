@@ -21,6 +21,7 @@ from jaxdraft.recipe_stages import (
     TopK,
     Train,
     TrainTokenizer,
+    Written,
 )
 from jaxdraft.sharding import MeshShape
 
@@ -40,6 +41,7 @@ __all__ = [
     "TopK",
     "Train",
     "TrainTokenizer",
+    "Written",
 ]
 
 RESERVED = ("report", "superseded")
@@ -63,7 +65,7 @@ READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
         "reference": (Train,),
         "probe": (Generate,),
     },
-    Generate: {"writer": (Train,)},
+    Generate: {"writer": (Train,), "draft": (Train,), "instructions": (Generate,)},
     Score: {"data": (Prepare, Generate)},
     DraftVocabulary: {"data": ROWS},
     Evaluate: {"drafts": (Train,)},

@@ -4,10 +4,12 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
+from jaxdraft.data.magpie import Magpie
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import Loss
 from jaxdraft.models import ModelConfig
+from jaxdraft.server import Server
 from jaxdraft.train.state import OptimizerSettings
 
 FROM_TARGET = ("subclone", "target-embedding")
@@ -168,6 +170,23 @@ class Train(OptimizerSettings, Stage):
         return (*self.shares, *filter(None, (start, self.draft_vocabulary, self.reference, self.probe)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """As prompts: the instructions that an earlier Generate stage wrote from ``Magpie``.
+
+    Those that did not end, are empty, were written before or hold tokens of the chat template are left out and counted.
+
+    Attributes:
+      stage: the Generate stage.
+      limit: at most this many.
+      max_tokens: a longer prompt is left out.
+    """
+
+    stage: str
+    limit: int | None = None
+    max_tokens: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Stage):
     """Prompts -> what the target answers, as JSONL and as packed rows: the distillation set.
@@ -179,17 +198,24 @@ class Generate(Stage):
 
     Attributes:
       prompts: whose ``prompts(tokenizer)`` are answered.
-      temperatures: 0 is greedy.
+      temperatures: 0 is greedy. Those, and what follows, a prompt of its own settings is not asked with.
       top_p: of every temperature.
       max_new_tokens: per answer.
+      system_prompts: of several, an answer's id and the seed choose one; ``""`` is none. For prompts that are
+        conversations.
       length: tokens per packed row.
-      batch_size: prompts decoded at once. The rounding of bfloat16 depends on it.
+      batch_size: rows decoded at once, each taken by the next prompt when its answer ends. The rounding of bfloat16
+        depends on it.
       shard_size: answers per file, the unit of work that an interruption may cost.
-      train_on_prompts: let prompt tokens count as labels too.
+      labels: which tokens count as labels: of ``"answers"``; also of the ``"assistant"``'s earlier turns in a prompt
+        that is a conversation; or ``"all"``, whole prompts too.
       keep_logits: store the target's distribution beside the rows. It is that of generation, except in answers that do
         not fit into a row and are cut. To change it without answering anew, leave it out and add a Score stage.
       writer: who answers: ``"target"``, a Train stage, or shares such as ``{"target": .5, "pretrain": .5}``. Of
         several, an answer's id and the seed choose its writer.
+      draft: a Train stage's model that drafts for the writer: the same text, sooner.
+      block_size: γ, tokens it proposes per run of the writer.
+      server: an OpenAI-compatible server that runs the target, and answers in place of this machine.
     """
 
     prompts: tuple[Any, ...]
@@ -199,9 +225,13 @@ class Generate(Stage):
     max_new_tokens: int = 128
     batch_size: int = 32
     shard_size: int = 512
-    train_on_prompts: bool = False
+    system_prompts: tuple[str, ...] = ()
+    labels: Literal["answers", "assistant", "all"] = "answers"
     keep_logits: TopK | None = None
     writer: str | dict[str, float] = TARGET
+    draft: str | None = None
+    block_size: int = 4
+    server: Server | None = None
 
     def __post_init__(self):
         shares = self.writers.values()
@@ -211,8 +241,13 @@ class Generate(Stage):
             raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: give at least one, none negative")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"{self.name}: top_p is {self.top_p}: it must lie in (0, 1]")
-        if min(self.max_new_tokens, self.batch_size, self.shard_size, self.length - 1) < 1:
-            raise ConfigError(f"{self.name}: max_new_tokens, batch_size, shard_size and length must be positive")
+        if min(self.max_new_tokens, self.batch_size, self.shard_size, self.block_size, self.length - 1) < 1:
+            numbers = "max_new_tokens, batch_size, shard_size, block_size and length"
+            raise ConfigError(f"{self.name}: {numbers} must be positive")
+        if self.server is not None and (self.writer != TARGET or self.draft is not None):
+            raise ConfigError(f"{self.name}: server answers as the target, alone: leave out writer and draft")
+        if any(isinstance(source, Magpie) for source in self.prompts) and min(self.temperatures) == 0:
+            raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: at 0 Magpie writes one instruction")
 
     @property
     def writers(self) -> dict[str, float]:
@@ -221,11 +256,17 @@ class Generate(Stage):
 
     @property
     def uses_target(self) -> bool:  # type: ignore[override]
-        return TARGET in self.writers or self.keep_logits is not None
+        return (TARGET in self.writers and self.server is None) or self.keep_logits is not None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return tuple(name for name in self.writers if name != TARGET)
+        drafted = () if self.draft is None else (self.draft,)
+        return (*self.instructions, *(name for name in self.writers if name != TARGET), *drafted)
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The stages that wrote what is asked."""
+        return tuple(source.stage for source in self.prompts if isinstance(source, Written))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

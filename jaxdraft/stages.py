@@ -16,7 +16,6 @@ from jaxdraft.data.records import PackedRows
 from jaxdraft.data_stages import (
     Outputs,
     run_draft_vocabulary,
-    run_generate,
     run_prepare,
     run_score,
     run_train_tokenizer,
@@ -26,6 +25,7 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
+from jaxdraft.generation import run_generate
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_config, load_model, save_model

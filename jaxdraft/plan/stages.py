@@ -15,7 +15,19 @@ from jaxdraft.plan import flops
 from jaxdraft.plan.hardware import Hardware
 from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.work import WEIGHT, Decoding, Phase, decode_layout, expected_block, prompts_of
-from jaxdraft.recipe import TARGET, DraftVocabulary, Evaluate, Export, Generate, Prepare, Score, Stage, TopK, Train
+from jaxdraft.recipe import (
+    TARGET,
+    DraftVocabulary,
+    Evaluate,
+    Export,
+    Generate,
+    Prepare,
+    Recipe,
+    Score,
+    Stage,
+    TopK,
+    Train,
+)
 
 _JSON = 12  # bytes of a token in the responses' JSONL: its id, its text, and the commas
 _STATE = 12  # bytes of a parameter in a checkpoint: float32, with two moments
@@ -154,7 +166,7 @@ class _Planner:
         if isinstance(stage, Score):
             return self._rows(stage.data)
         if isinstance(stage, Generate):
-            amount = _answers(stage)
+            amount = _answers(stage, self.recipe)
             return None if amount is None else sum(n * (tokens + stage.max_new_tokens) for n, tokens in amount)
         return self._drawn(name)
 
@@ -186,8 +198,8 @@ class _Planner:
 
     def _generate(self, stage: Generate, plan: StagePlan) -> None:
         plan.parameters = self.target.num_parameters if stage.uses_target else None
-        plan.notes += [note for source in stage.prompts for note in prompts_of(source).notes]
-        amount = _answers(stage)
+        plan.notes += [note for source in stage.prompts for note in prompts_of(source, self.recipe).notes]
+        amount = _answers(stage, self.recipe)
         if amount is None:
             return
         plan.tokens = self._rows(stage.name)
@@ -222,7 +234,7 @@ class _Planner:
     def _evaluate(self, stage: Evaluate, plan: StagePlan) -> None:
         plan.parameters, plan.tokens = self.target.num_parameters, 0.0
         for task in stage.tasks:
-            count, tokens, notes = prompts_of(task.prompts)
+            count, tokens, notes = prompts_of(task.prompts, self.recipe)
             plan.notes += [f"{task.name}: {note}" for note in notes]
             if count is None:
                 continue
@@ -276,9 +288,9 @@ class _Planner:
         return self.context.model(stage)
 
 
-def _answers(stage: Generate) -> list[tuple[int, int]] | None:
+def _answers(stage: Generate, recipe: Recipe) -> list[tuple[int, int]] | None:
     """(answers, tokens of their prompts) of each source; ``None`` where a source does not say how many it has."""
-    found = [prompts_of(source) for source in stage.prompts]
+    found = [prompts_of(source, recipe) for source in stage.prompts]
     if any(prompts.total is None for prompts in found):
         return None
     return [((prompts.total or 0) * len(stage.temperatures), prompts.tokens) for prompts in found]
