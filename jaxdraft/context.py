@@ -61,10 +61,13 @@ class Context:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        if self.recipe.tokenizer is None:
+        given = self.recipe.tokenizer
+        if given is None:
             return self.target_folder
-        self.home.fetch(self.recipe.tokenizer)
-        return self.folder(self.recipe.tokenizer)
+        if isinstance(given, HFModel):
+            return model_folder(given.path, given.revision)
+        self.home.fetch(given)
+        return self.folder(given)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -189,7 +192,7 @@ class Context:
             stage.model,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
-            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            eos_ids=stage.model.eos_ids or (() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
         )
 
 

@@ -207,11 +207,10 @@ ON_DEVICES = (Train, Generate, Score, Evaluate)
 def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
     found = dict(_fingerprints(stage, stage.name))
-    if isinstance(context.recipe.target, HFModel):
-        if context.recipe.uses_target(stage):
-            found["target"] = context.target_hash
-        if stage.uses_tokenizer and context.recipe.tokenizer is None:
-            found["tokenizer"] = context.tokenizer.fingerprint()
+    if isinstance(context.recipe.target, HFModel) and context.recipe.uses_target(stage):
+        found["target"] = context.target_hash
+    if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
+        found["tokenizer"] = context.tokenizer.fingerprint()
     return found
 
 
