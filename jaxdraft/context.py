@@ -187,12 +187,14 @@ class Context:
             return self.draft_config()
         if stage.model.vocab_size is not None:
             return stage.model
-        tokenizer = self.tokenizer
+        tokenizer, eos_ids = self.tokenizer, stage.model.eos_ids
+        if tokenizer.eos_id not in eos_ids:
+            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         return dataclasses.replace(
             stage.model,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
-            eos_ids=stage.model.eos_ids or (() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
+            eos_ids=eos_ids,
         )
 
 
