@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxdraft.decode.batching import PromptBatch, prompt_batches
-from jaxdraft.decode.generate import (
+from jaxdraft.decode.driver import (
     Seconds,
     all_finite,
-    all_greedy,
-    arrays,
-    check_finite,
+    count_live,
+    end_tokens,
     new_tokens,
-    prefill,
-    timed,
+    on_rows,
+    with_room,
+    write_batches,
 )
+from jaxdraft.decode.generate import prefill
+from jaxdraft.decode.rules import verify, verify_greedy
 from jaxdraft.decode.sampling import (
     ACCEPT,
     PROPOSE,
@@ -45,8 +48,9 @@ from jaxdraft.decode.sampling import (
 from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
+from jaxdraft.models.config import ModelConfig
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
-from jaxdraft.sharding import mesh_of, place
+from jaxdraft.sharding import mesh_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +102,85 @@ class WrittenInBlocks(NamedTuple):
     cut_B: jax.Array
     target_finite_B: jax.Array
     draft_finite_B: jax.Array
+
+    @property
+    def steps_B(self) -> jax.Array:
+        """Blocks, which are runs of the target, that each row has taken part in."""
+        return self.blocks_B
+
+    @property
+    def finite(self) -> dict[str, jax.Array]:
+        """For each model, ``bool[B]``: whether all its logits were finite."""
+        return {"the target": self.target_finite_B, "the draft": self.draft_finite_B}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WithDraft:
+    """A target that a draft proposes to: a ``generate.Writer``.
+
+    Attributes:
+      target_decoder: with ``scan=False``.
+      target_params: of ``for_decoding``.
+      draft_decoder: with ``scan=False``.
+      draft_params: of ``for_decoding``.
+      block_size: draft tokens proposed per run of the target.
+      eos_E: tokens that end an answer.
+
+    Raises:
+      ConfigError: a value is out of range, the vocabularies differ, or the target has a draft vocabulary.
+    """
+
+    target_decoder: Decoder
+    target_params: Params
+    draft_decoder: Decoder
+    draft_params: Params
+    block_size: int
+    eos_E: np.ndarray
+
+    def __post_init__(self):
+        target, draft = self.target_decoder.config, self.draft_decoder.config
+        target.check_target()
+        if self.block_size < 1:
+            raise ConfigError(f"block_size is {self.block_size}: the draft must propose at least 1 token")
+        if draft.vocabulary != target.vocabulary:
+            raise ConfigError(
+                f"the draft's vocabulary has {draft.vocabulary} rows, the target's {target.vocabulary}: "
+                "they must share one tokenizer"
+            )
+
+    @property
+    def mesh(self) -> Mesh:
+        return mesh_of(self.target_params)
+
+    @property
+    def models(self) -> tuple[Decoder, Params, Decoder, Params]:
+        return self.target_decoder, self.target_params, self.draft_decoder, self.draft_params
+
+    def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> WrittenInBlocks:
+        return start_in_blocks(*self.models, tokens_BL, length_B, end_B, size, self.block_size)
+
+    def write(
+        self, state: WrittenInBlocks, sampling: Sampling | None, draws: Draws | None, floor: int = 0
+    ) -> WrittenInBlocks:
+        return write_in_blocks(
+            *self.models,
+            state,
+            block_size=self.block_size,
+            eos_E=self.eos_E,
+            sampling=sampling,
+            draws=draws,
+            floor=np.int32(floor),
+        )
+
+
+def warn_of_length(longest: int, draft: ModelConfig) -> None:
+    """Logs a warning where texts may outgrow what the draft is made for."""
+    if longest > draft.max_positions:
+        logger.warning(
+            "texts of up to %d tokens, but the draft is made for %d: past them it will hardly be accepted",
+            longest,
+            draft.max_positions,
+        )
 
 
 def speculative_generate(
@@ -157,14 +240,8 @@ def speculative_batches(
       FloatingPointError: a model gave logits that are not finite.
     """
     config = target_decoder.config
-    config.check_target()
-    if block_size < 1:
-        raise ConfigError(f"block_size is {block_size}: the draft must propose at least 1 token")
-    if draft_decoder.config.vocabulary != config.vocabulary:
-        raise ConfigError(
-            f"the draft's vocabulary has {draft_decoder.config.vocabulary} rows, the target's {config.vocabulary}: "
-            "they must share one tokenizer"
-        )
+    models = target_decoder, target_params, draft_decoder, draft_params
+    writer = WithDraft(*models, block_size, end_tokens(config, eos_ids))
     batches = prompt_batches(
         prompts,
         max_new_tokens=max_new_tokens,
@@ -175,99 +252,43 @@ def speculative_batches(
         vocab_size=config.vocabulary,
         max_positions=config.max_positions,
     )
-    longest = max((int(batch.end_B.max()) for batch in batches), default=0)
-    if longest > draft_decoder.config.max_positions:
-        logger.warning(
-            "texts of up to %d tokens, but the draft is made for %d: past them it will hardly be accepted",
-            longest,
-            draft_decoder.config.max_positions,
-        )
-    greedy, mesh = all_greedy(batches), mesh_of(target_params)
-    eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
-    program = functools.partial(
-        write_in_blocks, target_decoder, target_params, draft_decoder, draft_params, block_size=block_size, eos_E=eos_E
-    )
-    seen: set[int] = set()
-    for batch in batches:
-        sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
-        draws = None if greedy else Draws(np.int32(seed), batch.example_ids_B)
-
-        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> WrittenInBlocks:
-            rows, size = batch.tokens_BS.shape
-            prompts = batch.tokens_BS[:, : batch.bucket], batch.length_B, batch.end_B
-            return WrittenInBlocks(
-                *arrays(mesh, batch, end_B),
-                target_cache=prefill(target_decoder, target_params, *prompts, size + block_size + 1),
-                draft_cache=prefill(draft_decoder, draft_params, *prompts, size + block_size + 1),
-                **place(
-                    mesh,
-                    {
-                        "accepted_BN": np.zeros((rows, size - batch.bucket), np.int32),
-                        "blocks_B": np.zeros(rows, np.int32),
-                        "cut_B": np.zeros(rows, bool),
-                        "target_finite_B": np.ones(rows, bool),
-                        "draft_finite_B": np.ones(rows, bool),
-                    },
-                    rows=True,
-                ),
-            )
-
-        decode = functools.partial(program, sampling=sampling, draws=draws)
-        with jax.set_mesh(mesh):
-            state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
-        seen.add(batch.bucket)
-        check_finite("the target", state.target_finite_B, batch)
-        check_finite("the draft", state.draft_finite_B, batch)
+    warn_of_length(max((int(batch.end_B.max()) for batch in batches), default=0), draft_decoder.config)
+    for batch, state, seconds in write_batches(writer, batches, seed, repeats):
         yield SpeculativeBatch(batch.indices, _results(batch, state), seconds)
 
 
-def verify(
-    drafts_BG: jax.Array, draft_probs_BGV: jax.Array, target_probs_BKV: jax.Array, uniforms_BG: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The acceptance rule: how many drafts stand, and the law of the token that follows them.
-
-    Draft x is accepted iff u·p(x) < q(x), strictly: with ``<=`` a token impossible under q would pass at u = 0. After
-    the first rejection the next token follows (q - p)₊, after G acceptances q itself, the bonus token (Leviathan et
-    al., algorithm 1). The residual is empty only where p = q up to rounding; q takes its place there.
-
-    Args:
-      drafts_BG: proposed tokens.
-      draft_probs_BGV: p, the very arrays they were drawn from.
-      target_probs_BKV: q at the G drafts and after the last of them.
-      uniforms_BG: u, independent draws from [0, 1).
-
-    Returns:
-      accepted_B: drafts before the first rejection.
-      next_probs_BV: weights of the next token, not normalised.
-    """
-    G = drafts_BG.shape[1]
-    p_BG = jnp.take_along_axis(draft_probs_BGV, drafts_BG[..., None], axis=2)[..., 0]
-    q_BG = jnp.take_along_axis(target_probs_BKV[:, :G], drafts_BG[..., None], axis=2)[..., 0]
-    accepted_B = _leading(uniforms_BG * p_BG < q_BG)
-    rows_B = jnp.arange(drafts_BG.shape[0])
-    q_BV = target_probs_BKV[rows_B, accepted_B]
-    p_BV = jnp.where(accepted_B[:, None] < G, draft_probs_BGV[rows_B, jnp.minimum(accepted_B, G - 1)], 0.0)
-    residual_BV = jnp.maximum(q_BV - p_BV, 0.0)
-    return accepted_B, jnp.where(jnp.any(residual_BV > 0, axis=-1, keepdims=True), residual_BV, q_BV)
-
-
-def verify_greedy(drafts_BG: jax.Array, best_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rule at temperature 0: drafts stand while they are the target's argmax, and its argmax follows them."""
-    accepted_B = _leading(drafts_BG == best_BK[:, :-1])
-    return accepted_B, best_BK[jnp.arange(drafts_BG.shape[0]), accepted_B]
-
-
-def _leading(passed_BG: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.cumprod(passed_BG.astype(jnp.int32), axis=1), axis=1)
+@functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "size", "block_size"))
+def start_in_blocks(
+    target_decoder, target_params, draft_decoder, draft_params, tokens_BL, length_B, end_B, size, block_size
+):
+    """A ``WrittenInBlocks`` of rows whose prompts both models have read, as ``generate.start`` makes a ``Written``."""
+    prompts, slots = (tokens_BL, length_B, end_B), size + block_size + 1
+    zeros_B, ones_B = jnp.zeros_like(length_B), jnp.ones_like(length_B, bool)
+    state = WrittenInBlocks(
+        tokens_BS=with_room(tokens_BL, size),
+        length_B=length_B,
+        end_B=end_B,
+        target_cache=prefill(target_decoder, target_params, *prompts, slots),
+        draft_cache=prefill(draft_decoder, draft_params, *prompts, slots),
+        accepted_BN=jnp.zeros((len(tokens_BL), size - tokens_BL.shape[1]), jnp.int32),
+        blocks_B=zeros_B,
+        cut_B=~ones_B,
+        target_finite_B=ones_B,
+        draft_finite_B=ones_B,
+    )
+    return on_rows(state)
 
 
 @functools.partial(
     jax.jit, static_argnames=("target_decoder", "draft_decoder", "block_size"), donate_argnames=("state",)
 )
 def write_in_blocks(
-    target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, draws
+    target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, draws, floor=0
 ):
-    """Goes on with a ``WrittenInBlocks`` until every row is done; greedy without ``sampling`` and ``draws``."""
+    """Goes on with a ``WrittenInBlocks`` until at most ``floor`` rows are live.
+
+    Greedy without ``sampling`` and ``draws``.
+    """
     target_head_DV = head_weight(target_decoder.config, target_params)
     draft_head_DR = head_weight(draft_decoder.config, draft_params)
     keys: Any = None
@@ -346,11 +367,11 @@ def write_in_blocks(
             draft_finite_B=draft_finite_B,
         )
 
-    return jax.lax.while_loop(lambda state: jnp.any(state.length_B < state.end_B), block, state)
+    return jax.lax.while_loop(lambda state: count_live(state) > floor, block, state)
 
 
 def _results(batch: PromptBatch, state: WrittenInBlocks) -> list[SpeculativeResult]:
-    tokens = new_tokens(batch, state.tokens_BS, state.length_B)
+    tokens = new_tokens(batch, state)
     accepted, blocks, cut = fetch((state.accepted_BN, state.blocks_B, state.cut_B))
     return [
         SpeculativeResult(tokens[row], accepted[row, : blocks[row]].tolist(), bool(cut[row]))

@@ -121,8 +121,6 @@ QUICK = ("cache off by one",)
 def test_the_same_test_fails_for(mistake, models, law, monkeypatch):
     for name, wrong in MISTAKES[mistake].items():
         monkeypatch.setattr(speculative, name, wrong)
-    config = models[0].config
-    if MISTAKES[mistake].keys() & {"verify", "probabilities"}:
-        # Another config is another static argument: the mistake is traced, and no other test meets its program.
-        config = dataclasses.replace(config, max_positions=100 + list(MISTAKES).index(mistake))
+    # Another config is another static argument: the mistake is traced, and no other test meets its program.
+    config = dataclasses.replace(models[0].config, max_positions=100 + list(MISTAKES).index(mistake))
     assert pvalue(speculate((Decoder(config, scan=False), *models[1:])), law) < 1e-6

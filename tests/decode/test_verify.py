@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdraft.decode.speculative import verify, verify_greedy
+from jaxdraft.decode.rules import verify, verify_greedy
 
 V, G = 4, 3
 DRAFTS = np.asarray(list(itertools.product(range(V), repeat=G)))
