@@ -21,15 +21,19 @@ from jaxdraft.decode.speculative import (
     speculative_generate,
     token_origins,
 )
+from jaxdraft.decode.stream import Finished, Request, Usage, stream
 
 __all__ = [
     "Acceptance",
+    "Finished",
     "GeneratedBatch",
+    "Request",
     "Sampling",
     "Seconds",
     "SpeculativeBatch",
     "SpeculativeResult",
     "TopScores",
+    "Usage",
     "acceptance",
     "acceptance_ratios",
     "block_efficiency",
@@ -41,6 +45,7 @@ __all__ = [
     "speculative_batches",
     "speculative_generate",
     "step_latency",
+    "stream",
     "token_origins",
     "token_probabilities",
     "top_scores",

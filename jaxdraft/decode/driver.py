@@ -25,15 +25,24 @@ class State(Protocol):
     """What the drivers read of where a batch stands: of ``Written`` or ``speculative.WrittenInBlocks``."""
 
     @property
-    def tokens_BS(self) -> jax.Array: ...
+    def tokens_BS(self) -> jax.Array:
+        """``int32[B, S]``: prompts and answers."""
+
     @property
-    def length_B(self) -> jax.Array: ...
+    def length_B(self) -> jax.Array:
+        """``int32[B]``: tokens of each row."""
+
     @property
-    def end_B(self) -> jax.Array: ...
+    def end_B(self) -> jax.Array:
+        """``int32[B]``: the length at which a row is done."""
+
     @property
-    def steps_B(self) -> jax.Array: ...
+    def steps_B(self) -> jax.Array:
+        """``int32[B]``: runs of the model (the target) that each row took part in."""
+
     @property
-    def finite(self) -> dict[str, jax.Array]: ...
+    def finite(self) -> dict[str, jax.Array]:
+        """For each model, ``bool[B]``: whether all its logits were finite."""
 
 
 class Writer(Protocol):

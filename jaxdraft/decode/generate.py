@@ -50,23 +50,18 @@ class GeneratedBatch(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Where a batch stands: its tokens, each row's length and the length at which it is done, the cache, and whether
-    all logits so far were finite."""
+    """Where a batch stands: its tokens, each row's length and the length at which it is done, the cache, whether all
+    logits so far were finite, and how many steps each row took part in."""
 
     tokens_BS: jax.Array
     length_B: jax.Array
     end_B: jax.Array
     cache: KVCache
     finite_B: jax.Array
-
-    @property
-    def steps_B(self) -> jax.Array:
-        """Steps that each row has taken part in, counted from anywhere."""
-        return self.length_B
+    steps_B: jax.Array
 
     @property
     def finite(self) -> dict[str, jax.Array]:
-        """For each model, ``bool[B]``: whether all its logits were finite."""
         return {"the model": self.finite_B}
 
 
@@ -163,8 +158,15 @@ def start(
     decoder: Decoder, params: Params, tokens_BL: jax.Array, length_B: jax.Array, end_B: jax.Array, size: int
 ) -> Written:
     """A ``Written`` of rows whose prompts are read, with room for ``size`` tokens of prompt and answer."""
-    cache = prefill(decoder, params, tokens_BL, length_B, end_B, size)
-    return on_rows(Written(with_room(tokens_BL, size), length_B, end_B, cache, jnp.ones_like(length_B, bool)))
+    state = Written(
+        tokens_BS=with_room(tokens_BL, size),
+        length_B=length_B,
+        end_B=end_B,
+        cache=prefill(decoder, params, tokens_BL, length_B, end_B, size),
+        finite_B=jnp.ones_like(length_B, bool),
+        steps_B=jnp.zeros_like(length_B),
+    )
+    return on_rows(state)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "size"))
@@ -218,6 +220,7 @@ def write(decoder, params, state, *, eos_E, sampling, draws, floor=0):
             end_B=jnp.where(live_B & is_any(next_B, eos_E), length_B, state.end_B),
             cache=cache,
             finite_B=state.finite_B & (~live_B | all_finite(logits_BV)),
+            steps_B=state.steps_B + live_B,
         )
 
     return jax.lax.while_loop(lambda state: count_live(state) > floor, step, state)

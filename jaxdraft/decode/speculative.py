@@ -105,12 +105,10 @@ class WrittenInBlocks(NamedTuple):
 
     @property
     def steps_B(self) -> jax.Array:
-        """Blocks, which are runs of the target, that each row has taken part in."""
         return self.blocks_B
 
     @property
     def finite(self) -> dict[str, jax.Array]:
-        """For each model, ``bool[B]``: whether all its logits were finite."""
         return {"the target": self.target_finite_B, "the draft": self.draft_finite_B}
 
 

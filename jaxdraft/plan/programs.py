@@ -196,6 +196,7 @@ def _writes(stage: str, name: str, config: ModelConfig, batch: Decoding, mesh: M
             end_B=count,
             cache=_cache(decoder, params, rows, batch.slots, mesh),
             finite_B=_rows(mesh, (rows,), bool),
+            steps_B=count,
         )
         eos_E = np.asarray(config.eos_ids, np.int32)
         return write.lower(decoder, params, state, eos_E=eos_E, sampling=sampling, draws=draws)
