@@ -67,7 +67,7 @@ class Written(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Alone:
-    """A model that writes by itself: the ``Writer`` of ``generate_batches``.
+    """A model that writes by itself: the ``driver.Writer`` of ``generate_batches``.
 
     Attributes:
       decoder: with ``scan=False``.

@@ -37,10 +37,24 @@ def verify(
     return accepted_B, jnp.where(jnp.any(residual_BV > 0, axis=-1, keepdims=True), residual_BV, q_BV)
 
 
-def verify_greedy(drafts_BG: jax.Array, best_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rule at temperature 0: drafts stand while they are the target's argmax, and its argmax follows them."""
-    accepted_B = _leading(drafts_BG == best_BK[:, :-1])
-    return accepted_B, best_BK[jnp.arange(drafts_BG.shape[0]), accepted_B]
+def verify_equal(drafts_BG: jax.Array, own_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Drafts stand while they are the target's own choice at their place, and its choice follows them.
+
+    The choice is the argmax, which is ``verify`` at temperature 0; or the token that plain sampling draws there, which
+    makes the text the very one that the target writes alone, whatever the draft is: drafter-invariant decoding
+    (Daliri, Musco & Suresh 2024, arXiv 2408.07978). The draft proposes by the same Gumbel noise, so that the two agree
+    with a probability of at least (1 - TVD) / (1 + TVD) of their laws, where ``verify`` accepts with 1 - TVD.
+
+    Args:
+      drafts_BG: proposed tokens.
+      own_BK: the target's choice at the G drafts and after the last of them.
+
+    Returns:
+      accepted_B: drafts before the first that differs.
+      next_B: the target's choice there.
+    """
+    accepted_B = _leading(drafts_BG == own_BK[:, :-1])
+    return accepted_B, own_BK[jnp.arange(drafts_BG.shape[0]), accepted_B]
 
 
 def _leading(passed_BG: jax.Array) -> jax.Array:

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft.decode.batching import bucket_length, check_prompt
+from jaxdraft.decode.blocks import WithDraft
 from jaxdraft.decode.driver import Writer, check_finite, end_tokens, on_rows
 from jaxdraft.decode.generate import Alone
 from jaxdraft.decode.sampling import Draws, Sampling
-from jaxdraft.decode.speculative import WithDraft, warn_of_length
 from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.decoder import Decoder, Params
@@ -144,7 +144,7 @@ def stream(
     config, eos_E = decoder.config, end_tokens(decoder.config, eos_ids)
     writer: Writer = Alone(decoder, params, eos_E)
     if draft is not None:
-        writer = WithDraft(decoder, params, *draft, block_size, eos_E)
+        writer = WithDraft(decoder, params, *draft, block_size, eos_E, drafter_invariant=True)
 
     def checked(request: Request) -> Request:
         check_prompt(request.key, request.tokens, request.max_new_tokens, config.vocabulary, config.max_positions)
@@ -156,8 +156,8 @@ def stream(
 
     usage = Usage() if usage is None else usage
     for bucket, queue in itertools.groupby(map(checked, requests), lambda request: bucket_length(len(request.tokens))):
-        if draft is not None:
-            warn_of_length(bucket + longest, draft[0].config)
+        if isinstance(writer, WithDraft):
+            writer.warn_of_length(bucket + longest)
         yield from _Batch(writer, batch_size, bucket, longest, seed if sampled else None, usage).run(queue)
 
 

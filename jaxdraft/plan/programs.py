@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdraft.decode.blocks import WrittenInBlocks, write_in_blocks
 from jaxdraft.decode.generate import Written, prefill, write
 from jaxdraft.decode.sampling import Draws, Sampling
 from jaxdraft.decode.score import score_rows
-from jaxdraft.decode.speculative import WrittenInBlocks, write_in_blocks
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding, init_params
 from jaxdraft.models.decoder import model_shardings
 from jaxdraft.plan.shapes import PlannedContext
