@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdraft.decode.blocks import WrittenInBlocks, write_in_blocks
 from jaxdraft.decode.generate import Written, prefill, write
 from jaxdraft.decode.sampling import Draws, Sampling
 from jaxdraft.decode.score import score_rows
-from jaxdraft.decode.speculative import WrittenInBlocks, write_in_blocks
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding, init_params
 from jaxdraft.models.decoder import model_shardings
 from jaxdraft.plan.shapes import PlannedContext
@@ -196,6 +196,7 @@ def _writes(stage: str, name: str, config: ModelConfig, batch: Decoding, mesh: M
             end_B=count,
             cache=_cache(decoder, params, rows, batch.slots, mesh),
             finite_B=_rows(mesh, (rows,), bool),
+            steps_B=count,
         )
         eos_E = np.asarray(config.eos_ids, np.int32)
         return write.lower(decoder, params, state, eos_E=eos_E, sampling=sampling, draws=draws)
