@@ -27,7 +27,9 @@ from jaxdraft.evaluate.measure import Model
 from jaxdraft.models import compute_dtype
 from jaxdraft.questions import Question, ask
 from jaxdraft.recipe import TARGET, Generate
-from jaxdraft.server import Reply, ask_server
+from jaxdraft.server import Question as Sent
+from jaxdraft.server import Reply
+from jaxdraft.server import ask as ask_server
 from jaxdraft.settings import to_json
 from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizers import Tokenizer
@@ -129,7 +131,18 @@ def _lines(
     """The line of each question, in the order in which they are answered."""
     stage, context = writing.stage, writing.context
     if stage.server is not None:
-        for reply in ask_server(stage.server, asked, context.tokenizer, context.recipe.seed):
+        sent = (
+            Sent(
+                key=place,
+                prompt=question.prompt,
+                temperature=question.temperature,
+                top_p=question.top_p,
+                max_new_tokens=question.max_new_tokens,
+                seed=(context.recipe.seed + question.example_id) % 2**31,
+            )
+            for place, question in asked.items()
+        )
+        for reply in ask_server(stage.server, sent, context.tokenizer, context.draft_config().eos_ids):
             yield reply.key, _line(asked[reply.key], reply, context)
         return
     model = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer), mesh)
@@ -153,21 +166,21 @@ def _lines(
         longest=writing.longest,
         seed=context.recipe.seed,
         sampled=writing.is_sampled,
-        draft=draft and (draft.decoder, draft.params),
+        draft=None if draft is None else (draft.decoder, draft.params),
         block_size=stage.block_size,
         usage=usage,
     ):
         question = asked[request.key]
         finish = "eos" if tokens[-1] in model.decoder.config.eos_ids else "length"
         text = context.tokenizer.continuation(question.prompt.tokens, tokens)
-        yield request.key, _line(question, Reply(request.key, tokens, text, finish), context)
+        yield request.key, _line(question, Reply(request.key, tuple(tokens), text, finish), context)
 
 
 def _line(question: Question, reply: Reply, context: Context) -> dict[str, Any]:
     prompt = question.prompt
     written: dict[str, Any] = {"error": reply.error}
     if reply.error is None:
-        written = {"finish": reply.finish, "prompt_tokens": list(prompt.tokens), "tokens": reply.tokens}
+        written = {"finish": reply.finish, "prompt_tokens": list(prompt.tokens), "tokens": list(reply.tokens)}
     conversation = {} if prompt.messages is None else {"messages": [dict(message) for message in prompt.messages]}
     return {
         "id": question.id,
