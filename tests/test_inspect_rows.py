@@ -33,12 +33,13 @@ def row(tokenizer, *texts: str, length: int = 64, answers_from: int = 1) -> dict
 
 
 def scored(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A target that gives every next token a half, and thinks first of it at every other place."""
+    """A target that gives the token after place i a probability of (i + 1) / 100, and every other one is its first."""
     length = len(found["tokens"])
     after = np.append(found["tokens"][1:], 0)
     ids = np.stack([np.where(np.arange(length) % 2, after, (after + 1) % 400), after], -1)
-    log_probs = np.full((length, K + 2), np.log(0.5), np.float16)
-    return {**found, "target_ids": ids, "target_log_probs": log_probs}
+    probabilities = np.full((length, K + 2), 0.9)
+    probabilities[:, K] = np.arange(1, length + 1) / 100
+    return {**found, "target_ids": ids, "target_log_probs": np.log(probabilities).astype(np.float16)}
 
 
 def look(run, name, capsys, *arguments: str) -> str:
@@ -82,14 +83,15 @@ def test_rows_that_were_set_aside(made_run, capsys):
 
 
 def test_what_the_target_thinks_of_the_labels(made_run, capsys):
-    packed = scored(row(made_run.tokenizer, "the width of lines"))
+    packed = scored(row(made_run.tokenizer, "the width of lines", answers_from=2))
     stored = {"k": K, "temperature": 0.5, "target": "abc", "vocabulary": 400}
     made_run.rows("scores", [packed], kind="Score", target_logits=stored)
     out = look(made_run, "scores", capsys)
     assert "the target's 2 most likely tokens, at temperature 0.5" in out
     labels = np.flatnonzero(packed["loss_mask"])
-    share = f"{((labels - 1) % 2).mean():.0%}"
-    assert f"{len(labels)} labels; the target gives a label 0.500 on average, {share} are its first choice" in out
+    assert len(labels) % 2  # or the place of a label would have the share of the one before it
+    mean, share = f"{labels.mean() / 100:.3f}", f"{((labels - 1) % 2).mean():.0%}"
+    assert f"{len(labels)} labels; the target gives a label {mean} on average, {share} are its first choice" in out
 
 
 def test_the_seed_chooses(made_run, capsys):
