@@ -56,6 +56,8 @@ class Plan:
 
 # What the report reads of a stage, besides its record.
 REPORTED = (
+    "answers.json",
+    "manifest.json",
     "results.json",
     "samples.jsonl",
     "metrics.jsonl",

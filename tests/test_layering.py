@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "check_rules": BELOW_STAGES,
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
+    "inspect_rows": BELOW_STAGES | {"home", "inspect"},
     "context": BELOW_STAGES | {"export", "home", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
@@ -58,7 +59,8 @@ MAY_IMPORT = {
     | {"context", "data_stages", "export", "generation", "probe", "recipe", "settings", "stored_targets"},
     "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
-    "cli": BELOW_STAGES | {"__init__", "check", "export", "home", "inspect", "plan", "recipe_file", "run"},
+    "cli": BELOW_STAGES
+    | {"__init__", "check", "export", "home", "inspect", "inspect_rows", "plan", "recipe_file", "run"},
 }
 
 
