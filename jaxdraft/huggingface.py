@@ -53,11 +53,8 @@ def list_dataset(repository: str, revision: str | None, pattern: str) -> tuple[s
     import huggingface_hub
 
     if not _COMMIT.fullmatch(revision or ""):
-        _log.warning(
-            "%s: %s is not a commit: the dataset may change between runs; pin one",
-            repository,
-            f"revision {revision!r}" if revision else "no revision",
-        )
+        branch = f"revision {revision!r}" if revision else "its main branch"
+        _log.warning("%s is read at %s, which may change between runs: pin a commit", repository, branch)
     with hub_errors(repository):
         try:
             info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)

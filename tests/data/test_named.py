@@ -1,7 +1,9 @@
 """Each named data set on files of its own columns, and on the real samples where they are here."""
 
+import collections
 import gzip
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +13,8 @@ from jaxdraft.data.catalogue import CORPORA, PROMPTS
 from jaxdraft.data.named import Corpus, Instructions
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.errors import ConfigError
+from jaxdraft.recipe_file import load_recipe
+from jaxdraft.tokenizers import load_tokenizer
 
 BEFORE = "Below is an instruction that describes a task"
 AFTER = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -314,3 +318,119 @@ def test_stack_contents(tmp_path):
     assert items[0].where.endswith("train-00000-of-00064.parquet: row 0: 0.py")
     inline = put(tmp_path / "inline", "data/train-0.parquet", [{"files": [{"path": "a.py", "content": "pass\n"}]}])
     assert list(Corpus("stack-v2-smol", inline).documents()) == ["pass\n"]
+
+
+@pytest.mark.parametrize(
+    "name, file, count, left_out",
+    [
+        ("oasst1", "oasst_en_100_tree.jsonl", 480, {}),
+        ("alpaca", "instruction-data-1100.json", 1075, {"duplicate": 25}),
+        ("humaneval", "HumanEval.jsonl.gz", 164, {}),
+        ("wmt18-de-en", "wmt_de_en_80.jsonl", 80, {}),
+        ("dolly", "dolly_151.jsonl", 151, {}),
+        ("xsum", "xsum_t0.jsonl", 200, {}),
+        ("cnn-dailymail", "cnn_dm_t0.jsonl", 195, {"duplicate": 5}),
+    ],
+)
+def test_real_prompts(shared_data, tokenizer, name, file, count, left_out):
+    items = list(Instructions(name, str(shared_data / "prompts" / file), form="plain").prompts(tokenizer))
+    assert len(kept(items)) == len({prompt.id for prompt in kept(items)}) == count
+    assert collections.Counter(reasons(items)) == left_out
+    assert all(prompt.reference for prompt in kept(items)) or name == "oasst1"
+
+
+@pytest.mark.parametrize(
+    "name, sample, file, pattern, columns",
+    [
+        (
+            "dolly",
+            "dolly_151.jsonl",
+            "databricks-dolly-15k.jsonl",
+            r".*### Instruction:\n(.*?)(?:\n\n### Input:\n(.*))?\n\n### Response:",
+            ("instruction", "context"),
+        ),
+        ("xsum", "xsum_t0.jsonl", "data/test-00000-of-00001.parquet", r"Summarize: (.*)\n", ("document",)),
+        (
+            "cnn-dailymail",
+            "cnn_dm_t0.jsonl",
+            "3.0.0/test-00000-of-00001.parquet",
+            r"In 2 or 3 sentences, .*?\n\nArticle: (.*)\n",
+            ("article",),
+        ),
+    ],
+)
+def test_plain_prompts_are_those_of_real_samples(
+    tmp_path, shared_data, tokenizer, name, sample, file, pattern, columns
+):
+    """The samples were rendered by others: their columns, taken from the text, give the same text again."""
+    lines = (shared_data / "prompts" / sample).read_text().splitlines()
+    texts = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
+    rows = [dict(zip(columns, re.fullmatch(pattern, text, re.DOTALL).groups(""), strict=True)) for text in texts]
+    prompts = kept(Instructions(name, put(tmp_path, file, rows), form="plain").prompts(tokenizer))
+    assert [prompt.text for prompt in prompts] == texts
+
+
+def test_c4_is_the_same_in_every_format(tmp_path, shared_data):
+    corpora = shared_data / "corpora"
+    records = list(Corpus("c4", str(corpora / "c4_arrayrecord" / "*")).documents())
+    lines = list(Corpus("c4", str(corpora / "c4_demo.jsonl")).documents())
+    parquet = list(Corpus("c4", str(corpora / "c4_parquet" / "*")).documents())
+    assert [len(documents) for documents in (records, lines, parquet)] == [1000, 300, 200]
+    folder = put(tmp_path, "en/c4-train.00000-of-01024.json.gz", [{"text": text} for text in records])
+    assert list(Corpus("c4", folder).documents()) == records
+    again = put(tmp_path, "c4.parquet", [{"text": text} for text in lines])
+    assert list(Corpus("c4", f"{again}/c4.parquet").documents()) == lines
+
+
+def test_real_wikitext(shared_data):
+    articles = list(Corpus("wikitext-2", str(shared_data / "corpora" / "wikitext2_valid.txt")).documents())
+    assert len(articles) == 60  # as published
+    assert articles[0].startswith(" = Homarus gammarus = \n\n Homarus gammarus , known as")
+
+
+@pytest.mark.slow
+def test_chat_prompts_go_through_the_chat_template(tmp_path, shared_data):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
+    folder = put(tmp_path, "2023-04-12_oasst_ready.trees.jsonl.gz", [{"message_tree_id": "q", "prompt": TREE}])
+    prompt = kept(Instructions("oasst1", folder).prompts(tokenizer))[2]
+    messages = [{"role": role, "content": content} for role, content in CHAT]
+    assert prompt.messages == tuple(messages)
+    assert prompt.text == tokenizer.render(messages)
+    assert prompt.tokens == tuple(tokenizer.encode(prompt.text, bos=False))
+
+
+CHAT = [("user", "Hello?"), ("assistant", "Best."), ("user", "More?")]
+
+RECIPE = """
+from jaxdraft.data.named import Corpus, Instructions
+from jaxdraft.models import presets
+from jaxdraft.recipe import Generate, HFModel, Prepare, Recipe
+
+def recipe(*, text: Corpus = Corpus("fineweb"), oasst: Instructions = Instructions("oasst1", limit=9)):
+    stages = (
+        Prepare("text", sources=(text,), length=8),
+        Generate("answers", prompts=(oasst,), length=8, max_new_tokens=4),
+    )
+    return Recipe(title="t", target=HFModel("x"), draft=presets.llama2_chat_drafter_115m, stages=stages)
+"""
+
+
+def test_settings_from_the_command_line(tmp_path):
+    (tmp_path / "r.py").write_text(RECIPE)
+
+    def sources(*assignments):
+        text, oasst = load_recipe(str(tmp_path / "r.py"), assignments).stages
+        return text.sources[0], oasst.prompts[0]
+
+    here = sources("text.path=some/folder", "oasst.path=trees.jsonl", "oasst.form=plain", "oasst.max_tokens=256")
+    trees = Instructions("oasst1", "trees.jsonl", limit=9, max_tokens=256, form="plain")
+    assert here == (Corpus("fineweb", "some/folder"), trees)
+    assert sources("text.path=x", "text.path=none", "oasst.limit=none") == (Corpus("fineweb"), Instructions("oasst1"))
+    assert sources("text.name=c4", "text.limit=1_000")[0] == Corpus("c4", limit=1000)
+    assert sources("text.path=x", "answers.prompts.0.split=train")[1].split == "train"
+    for wrong, message in (
+        ("oasst.name=alpacca", "did you mean 'alpaca'"),
+        ("oasst.form=chatty", "one of chat, plain"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sources(wrong)
