@@ -15,12 +15,13 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "remote", "sharding", "tokenizers", "tracking"}
+BASE = {"backend", "distributed", "huggingface", "remote", "sharding", "tokenizers", "tracking"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "train"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
     "backend": set(),
+    "huggingface": set(),
     "distributed": set(),
     "sharding": {"distributed"},
     "tokenizers": set(),
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote"},
-    "data": {"remote", "tokenizers"},
+    "data": {"huggingface", "remote", "tokenizers"},
     "losses": {"backend"},
     "models": BASE,
     "decode": BASE | {"models"},
