@@ -158,7 +158,7 @@ def _lines(
         )
         for place, question in asked.items()
     )
-    for request, tokens in stream(
+    for finished in stream(
         model.decoder,
         model.params,
         requests,
@@ -170,10 +170,11 @@ def _lines(
         block_size=stage.block_size,
         usage=usage,
     ):
-        question = asked[request.key]
+        place, tokens = finished.request.key, finished.tokens
+        question = asked[place]
         finish = "eos" if tokens[-1] in model.decoder.config.eos_ids else "length"
         text = context.tokenizer.continuation(question.prompt.tokens, tokens)
-        yield request.key, _line(question, Reply(request.key, tuple(tokens), text, finish), context)
+        yield place, _line(question, Reply(place, tuple(tokens), text, finish), context)
 
 
 def _line(question: Question, reply: Reply, context: Context) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from jaxdraft.decode.sampling import (
     row_keys,
     uniforms,
 )
+from jaxdraft.decode.score import Keep, TopScores, keep_scores, room_for_scores
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
@@ -55,6 +56,7 @@ class WrittenInBlocks(NamedTuple):
     cut_B: jax.Array
     target_finite_B: jax.Array
     draft_finite_B: jax.Array
+    scores: TopScores | None = None
 
     @property
     def steps_B(self) -> jax.Array:
@@ -77,6 +79,7 @@ class WithDraft:
       block_size: draft tokens proposed per run of the target.
       eos_E: tokens that end an answer.
       drafter_invariant: write what the target writes alone, sampled too, in place of another text of the same law.
+      keep: of the target's distributions.
 
     Raises:
       ConfigError: a value is out of range, the vocabularies differ, or the target has a draft vocabulary.
@@ -89,6 +92,7 @@ class WithDraft:
     block_size: int
     eos_E: np.ndarray
     drafter_invariant: bool = False
+    keep: Keep | None = None
 
     def __post_init__(self):
         target, draft = self.target_decoder.config, self.draft_decoder.config
@@ -119,7 +123,7 @@ class WithDraft:
         return self.target_decoder, self.target_params, self.draft_decoder, self.draft_params
 
     def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> WrittenInBlocks:
-        return start_in_blocks(*self.models, tokens_BL, length_B, end_B, size, self.block_size)
+        return start_in_blocks(*self.models, tokens_BL, length_B, end_B, size, self.block_size, self.keep)
 
     def write(
         self, state: WrittenInBlocks, sampling: Sampling | None, draws: Draws | None, floor: int = 0
@@ -133,6 +137,7 @@ class WithDraft:
             sampling=sampling,
             draws=draws,
             floor=np.int32(floor),
+            keep=self.keep,
         )
 
 
@@ -143,9 +148,9 @@ class _Keys(NamedTuple):
     replace_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "size", "block_size"))
+@functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "size", "block_size", "keep"))
 def start_in_blocks(
-    target_decoder, target_params, draft_decoder, draft_params, tokens_BL, length_B, end_B, size, block_size
+    target_decoder, target_params, draft_decoder, draft_params, tokens_BL, length_B, end_B, size, block_size, keep=None
 ):
     """A ``WrittenInBlocks`` of rows whose prompts both models have read, as ``generate.start`` makes a ``Written``."""
     prompts, slots = (tokens_BL, length_B, end_B), size + block_size + 1
@@ -161,13 +166,14 @@ def start_in_blocks(
         cut_B=~ones_B,
         target_finite_B=ones_B,
         draft_finite_B=ones_B,
+        scores=room_for_scores(keep, len(tokens_BL), size),
     )
     return on_rows(state)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("target_decoder", "draft_decoder", "block_size", "drafter_invariant"),
+    static_argnames=("target_decoder", "draft_decoder", "block_size", "drafter_invariant", "keep"),
     donate_argnames=("state",),
 )
 def write_in_blocks(
@@ -183,6 +189,7 @@ def write_in_blocks(
     draws,
     floor=0,
     drafter_invariant=False,
+    keep=None,
 ):
     """Goes on with a ``WrittenInBlocks`` until at most ``floor`` rows are live.
 
@@ -273,6 +280,7 @@ def write_in_blocks(
             cut_B=jnp.where(live_B, kept_B < count_B, state.cut_B),
             target_finite_B=state.target_finite_B & (~live_B | jnp.all(all_finite(logits_BKV), axis=1)),
             draft_finite_B=draft_finite_B,
+            scores=keep_scores(state.scores, keep, logits_BKV, emitted_BK, jnp.where(kept_BK, slots_BK, nowhere)),
         )
 
     return jax.lax.while_loop(lambda state: count_live(state) > floor, block, state)

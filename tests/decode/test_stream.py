@@ -11,6 +11,7 @@ import pytest
 from jaxdraft.decode import Request, Usage, generate, stream
 from jaxdraft.decode.blocks import start_in_blocks, write_in_blocks
 from jaxdraft.decode.generate import Alone, start, write
+from jaxdraft.decode.score import Keep
 from jaxdraft.decode.stream import empty, insert
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder
@@ -247,3 +248,25 @@ def test_rows_are_put_into_their_group():
     np.testing.assert_array_equal(filled["length"], [2, 0, 1, 0, 3, 0])
     np.testing.assert_array_equal(filled["cache"][:, 0, 0, 0], filled["length"])
     assert jax.tree.map(jnp.shape, empty(new, 6)) == {"length": (6,), "cache": (6, 1, 2, 1)}
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_what_the_model_said_of_its_tokens_is_kept(with_draft, tiny, plain_forward, requests, expected):
+    keep, tolerance = Keep(4, 0.8), 2e-5  # float32 logits of size 10, which another order of sums moves by some 1e-6
+    draft = (tiny.draft, tiny.draft_params) if with_draft else None
+    given = {"batch_size": 8, "longest": LONGEST, "eos_ids": END, "draft": draft, "keep": keep}
+    for request, tokens, scores in stream(tiny.target, tiny.target_params, requests, **given):
+        assert tokens == expected[request.key]
+        text = [*request.tokens, *tokens]
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(text)] = text
+        own = slice(len(request.tokens) - 1, len(text) - 1)
+        logits = np.asarray(plain_forward(tiny.target, tiny.target_params, padded), np.float64)[0, own] / 0.8
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert scores.ids_BTK.shape == (len(tokens), 4)
+        for said, ids, token, found in zip(log_probs, scores.ids_BTK, tokens, scores.log_probs_BTS, strict=True):
+            assert ids.tolist() == np.argsort(-said, kind="stable")[:4].tolist()
+            rest = sorted(set(range(VOCAB)) - {token, *ids.tolist()})
+            np.testing.assert_allclose(
+                found, [*said[ids], said[token], np.log(np.exp(said[rest]).sum())], atol=tolerance
+            )
