@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdraft.data.records import PackedRows
+from jaxdraft.data.records import PackedRows, sha256
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import MODEL
 from jaxdraft.home import Home
@@ -177,9 +177,3 @@ class Context:
             bos_id=tokenizer.bos_id,
             eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         )
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from jaxdraft.context import VOCABULARY, Context
-from jaxdraft.data.pipeline import pack_concatenate, pack_whole
+from jaxdraft.data.pipeline import pack_whole
 from jaxdraft.data.prompts import Prompt, example_id, read_prompts
 from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.decode import generate_batches
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
-from jaxdraft.recipe import TARGET, DraftVocabulary, Generate, Prepare, Score, TrainTokenizer
+from jaxdraft.recipe import TARGET, DraftVocabulary, Generate, Score, TrainTokenizer
 from jaxdraft.settings import to_json
 from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizer_training import train_sentencepiece
@@ -34,12 +34,6 @@ def run_train_tokenizer(stage: TrainTokenizer, context: Context) -> Outputs:
     folder = context.folder(stage.name)
     train_sentencepiece(_documents(stage.sources, stage.name), folder, stage.vocab_size)
     return tokenizer_files(folder), {"vocab_size": stage.vocab_size}
-
-
-def run_prepare(stage: Prepare, context: Context) -> Outputs:
-    counts: collections.Counter[str] = collections.Counter()
-    rows = pack_concatenate(_documents(stage.sources, stage.name), context.tokenizer, stage.length, counts)
-    return _write_rows(stage.name, rows, stage.length, to_json(stage.sources), counts, context)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,9 @@ class Stage:
     name: str
     uses_target: ClassVar[bool] = False
     uses_tokenizer: ClassVar[bool] = True
+    keeps_parts: ClassVar[bool] = False
+    """Whether it knows by their content which parts of its own are still right: what it had made when it was stopped is
+    then left where it is, even if settings or inputs have changed since."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -72,17 +75,67 @@ class TrainTokenizer(Stage):
 class Prepare(Stage):
     """Text -> packed rows of fixed length: tokenise, append EOS, concatenate, cut (Direct Alignment, A.4).
 
+    All processes of a run take part, each on a part of the text; the rows depend on neither their number nor that of
+    ``workers``.
+
     Attributes:
       sources: whose ``documents()`` are packed, one after another.
       length: tokens per row.
+      tokens: how many the rows hold, ``5e9`` for FastDraft's 5 BT: ``tokens // length`` rows of the first documents.
+        ``None`` takes all text.
+      segments: documents of a row are kept apart: attention does not see the one before, positions begin anew, and no
+        document's first token is a label, as it is when the draft will be used. ``False`` is plain concatenation: a row
+        is one text, whose positions run over the document ends in it, and a document is predicted from what happens to
+        stand before it. Direct Alignment (A.4) concatenates with EOS between; neither it nor FastDraft says that
+        documents are kept apart.
+      workers: chunks of text that are tokenised at once; ``None`` is one for each core. Only the time depends on it.
     """
 
     sources: tuple[Any, ...]
     length: int
+    tokens: float | None = None
+    segments: bool = True
+    workers: int | None = dataclasses.field(default=None, compare=False)
+    keeps_parts: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.length < 2:
             raise ConfigError(f"{self.name}: length is {self.length}: a row needs at least 2 tokens")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"{self.name}: workers is {self.workers}: it must be at least 1")
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", _token_count(self.name, self.tokens, self.length))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subset(Stage):
+    """Rows -> a uniform sample of them, without replacement.
+
+    Of one seed, samples of the same ``data`` nest: all rows of a smaller one are in a larger one, as in FastDraft's
+    figure of drafts by the amount of text (arXiv 2411.11055, section 5.2).
+
+    Attributes:
+      data: the stage whose rows are sampled; what is stored of the target beside them goes along.
+      tokens: ``tokens // length`` rows are taken.
+    """
+
+    data: str
+    tokens: float
+    uses_target: ClassVar[bool] = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "tokens", _token_count(self.name, self.tokens, 1))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.data,)
+
+
+def _token_count(name: str, tokens: float, length: int) -> int:
+    """``5e9`` as a whole number: one setting however it is spelled."""
+    if not math.isfinite(tokens) or tokens != int(tokens) or tokens < length:
+        raise ConfigError(f"{name}: tokens is {tokens:g}: give a whole number, at least {length}")
+    return int(tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

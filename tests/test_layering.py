@@ -48,8 +48,10 @@ MAY_IMPORT = {
     "context": BELOW_STAGES | {"export", "home", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
+    "prepare": BELOW_STAGES | {"context", "recipe", "settings"},
     "probe": BELOW_STAGES | {"context", "recipe"},
-    "stages": BELOW_STAGES | {"context", "data_stages", "export", "probe", "recipe", "settings", "stored_targets"},
+    "stages": BELOW_STAGES
+    | {"context", "data_stages", "export", "prepare", "probe", "recipe", "settings", "stored_targets"},
     "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
     "cli": BELOW_STAGES | {"__init__", "check", "export", "home", "inspect", "plan", "recipe_file", "run"},
