@@ -49,8 +49,8 @@ class Home:
     def keep(self, *files: Path) -> None:
         """Copies files home that are not there yet as they are now. Only the lead process does."""
 
-    def share(self, *files: Path) -> None:
-        """As ``keep``, in whichever process: for files that no other one writes."""
+    def keep_own(self, *files: Path) -> None:
+        """The same of files that no other process writes. Every process does."""
 
     def keep_report(self) -> None:
         """Makes the report at home the one that is here."""
@@ -132,9 +132,9 @@ class BucketHome(Home):
 
     def keep(self, *files: Path) -> None:
         if self._leads:
-            self.share(*files)
+            self.keep_own(*files)
 
-    def share(self, *files: Path) -> None:
+    def keep_own(self, *files: Path) -> None:
         new = [file for file in files if Stamp.of(file) != self._kept.get(file)]
         self._bucket.copy_there({str(file.relative_to(self.folder)): file for file in new})
         self._kept.update({file: Stamp.of(file) for file in new})

@@ -130,7 +130,7 @@ class _Units:
         self.format = Format(stage.length, context.tokenizer.vocab_size)
         self._tokenizer, self._segments, self._advance = context.tokenizer, stage.segments, advance
         self._settings = json.dumps([FORMAT, stage.length, stage.segments, self._tokenizer.fingerprint()]).encode()
-        self._folder, self._share = context.folder(stage.name), context.home.share
+        self._folder, self._keep = context.folder(stage.name), context.home.keep_own
         self._workers = stage.workers or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._workers)
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -246,9 +246,9 @@ class _Units:
         if blocks:
             path = self._folder / shard_name(number)
             record = {"shard": write_shard(path, blocks, self.format), **record}
-            self._share(path)
+            self._keep(path)
         write_json(self.record(number), {"shard": None, **record})
-        self._share(self.record(number))
+        self._keep(self.record(number))
 
     def _wait(self) -> None:
         if self._writing:

@@ -8,22 +8,8 @@ from jaxdraft.data.pipeline import rows_per_batch
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.losses import parts
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe_stages import (
-    FROM_TARGET,
-    INITS,
-    TARGET,
-    DraftVocabulary,
-    Evaluate,
-    Export,
-    Generate,
-    Prepare,
-    Score,
-    Stage,
-    Subset,
-    TopK,
-    Train,
-    TrainTokenizer,
-)
+from jaxdraft.recipe_data import DraftVocabulary, Prepare, Score, Stage, Subset, TopK, TrainTokenizer
+from jaxdraft.recipe_stages import FROM_TARGET, INITS, TARGET, Evaluate, Export, Generate, Train, Written
 from jaxdraft.sharding import MeshShape
 
 __all__ = [
@@ -43,6 +29,7 @@ __all__ = [
     "TopK",
     "Train",
     "TrainTokenizer",
+    "Written",
 ]
 
 RESERVED = ("report", "superseded")
@@ -66,7 +53,7 @@ READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
         "reference": (Train,),
         "probe": (Generate,),
     },
-    Generate: {"writer": (Train,)},
+    Generate: {"writer": (Train,), "draft": (Train,), "instructions": (Generate,)},
     Score: {"data": (Prepare, Generate, Subset)},
     Subset: {"data": (Prepare, Generate, Score)},
     DraftVocabulary: {"data": ROWS},
@@ -84,7 +71,8 @@ class Recipe:
       target: the model to be accelerated: a folder, or the Train stage that makes it.
       draft: the shape of the drafts; without a ``vocab_size`` it takes the target's, and its BOS and EOS.
       stages: run in this order.
-      tokenizer: the TrainTokenizer stage; ``None`` takes the target folder's.
+      tokenizer: of a target that is trained: the TrainTokenizer stage, or the folder (or hub repository) that has it;
+        ``None`` takes the target folder's.
       description: one paragraph for the report.
       seed: of all randomness.
       mesh: how devices are laid out.
@@ -97,7 +85,7 @@ class Recipe:
     target: HFModel | str
     draft: ModelConfig
     stages: tuple[Stage, ...]
-    tokenizer: str | None = None
+    tokenizer: str | HFModel | None = None
     description: str = ""
     seed: int = 0
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
@@ -120,8 +108,8 @@ class Recipe:
         if isinstance(self.target, str):
             self._check_reference("target", self.target, earlier, (Train,))
             if self.tokenizer is None:
-                raise ConfigError("a target that is trained needs tokenizer= the TrainTokenizer stage")
-        if self.tokenizer is not None:
+                raise ConfigError("a target that is trained needs tokenizer= the TrainTokenizer stage, or a folder")
+        if isinstance(self.tokenizer, str):
             self._check_reference("tokenizer", self.tokenizer, earlier, (TrainTokenizer,))
 
     def stage(self, name: str) -> Stage:
@@ -156,7 +144,7 @@ class Recipe:
         names = list(stage.needs)
         if self.uses_target(stage) and isinstance(self.target, str):
             names.append(self.target)
-        if stage.uses_tokenizer and self.tokenizer is not None:
+        if stage.uses_tokenizer and isinstance(self.tokenizer, str):
             names.append(self.tokenizer)
         return tuple(dict.fromkeys(names))
 

@@ -29,7 +29,7 @@ from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, ON_DEVICES, external_inputs
-from jaxdraft.tracking import say
+from jaxdraft.tracking import say, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
@@ -57,6 +57,8 @@ class Plan:
 
 # What the report reads of a stage, besides its record.
 REPORTED = (
+    "answers.json",
+    "manifest.json",
     "results.json",
     "samples.jsonl",
     "metrics.jsonl",
@@ -350,11 +352,8 @@ def _holds(path: Path, value: Any) -> bool:
 
 
 def _write_json(home: Home, name: str, value: Any) -> None:
-    path = home.folder / name
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-    home.keep(path)
+    write_json(home.folder / name, value)
+    home.keep(home.folder / name)
 
 
 @contextlib.contextmanager

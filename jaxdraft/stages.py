@@ -16,7 +16,6 @@ from jaxdraft.data.records import PackedRows
 from jaxdraft.data_stages import (
     Outputs,
     run_draft_vocabulary,
-    run_generate,
     run_score,
     run_train_tokenizer,
 )
@@ -25,6 +24,7 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
+from jaxdraft.generation import run_generate
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_config, load_model, save_model
@@ -209,11 +209,10 @@ ON_DEVICES = (Prepare, Train, Generate, Score, Evaluate)
 def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
     found = dict(_fingerprints(stage, stage.name))
-    if isinstance(context.recipe.target, HFModel):
-        if context.recipe.uses_target(stage):
-            found["target"] = context.target_hash
-        if stage.uses_tokenizer and context.recipe.tokenizer is None:
-            found["tokenizer"] = context.tokenizer.fingerprint()
+    if isinstance(context.recipe.target, HFModel) and context.recipe.uses_target(stage):
+        found["target"] = context.target_hash
+    if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
+        found["tokenizer"] = context.tokenizer.fingerprint()
     return found
 
 

@@ -69,7 +69,8 @@ fi
 rm -f "$stamp"
 say "installing the pinned packages (a minute or two the first time)"
 pip_install() { .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input "$@"; }
-pip_install --require-hashes --only-binary :all: -r launch/requirements.lock
+# promise, which tensorflow-datasets needs, is published as source alone.
+pip_install --require-hashes --only-binary :all: --no-binary promise -r launch/requirements.lock
 pip_install --no-deps --no-build-isolation --editable .
 if [[ -n "$extras" ]]; then
     jax=$(.venv/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("jax"))')

@@ -149,7 +149,7 @@ def test_setup_installs_once_and_again_when_the_lock_changes(checkout):
     first = bash(setup, PYTHON="")
     assert first.returncode == 0, first.stderr
     commands = log.read_text()
-    assert "--require-hashes --only-binary :all: -r launch/requirements.lock" in commands
+    assert "--require-hashes --only-binary :all: --no-binary promise -r launch/requirements.lock" in commands
     assert "--no-deps --no-build-isolation --editable ." in commands
 
     again = bash(setup, PYTHON="")

@@ -5,13 +5,13 @@ corpus moves nothing from one split to another.
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from jaxdraft.data.prompts import Prompt
-from jaxdraft.data.sources import Text
+from jaxdraft.data.quarantine import Rejected, first
+from jaxdraft.data.sources import Source
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizers import Tokenizer
 
@@ -28,7 +28,7 @@ class Passages:
       characters: a passage ends with the line that brings it to this many.
     """
 
-    text: Text
+    text: Source
     split: Split = "train"
     characters: int = 1000
 
@@ -38,8 +38,11 @@ class Passages:
         if self.characters < 1:
             raise ConfigError(f"characters is {self.characters}: it must be positive")
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[str | Rejected]:
         for document in self.text.documents():
+            if isinstance(document, Rejected):
+                yield document
+                continue
             for passage in _passages(document, self.characters):
                 if hashlib.sha256(passage.encode()).digest()[0] % 16 in _OF_SIXTEEN[self.split]:
                     yield passage
@@ -54,7 +57,7 @@ class Beginnings:
 
     Attributes:
       passages: whose beginnings are taken.
-      tokens: of each prompt, BOS included; shorter passages are left out.
+      tokens: of each prompt, BOS included; shorter passages are rejected.
       limit: at most this many prompts.
     """
 
@@ -62,26 +65,34 @@ class Beginnings:
     tokens: int = 16
     limit: int | None = None
 
-    def prompts(self, tokenizer: Tokenizer) -> list[Prompt]:
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
         """Raises ConfigError where no passage of the split is long enough."""
 
-        def each() -> Iterator[Prompt]:
-            for number, passage in enumerate(self.passages.documents()):
+        def each() -> Iterator[Prompt | Rejected]:
+            number = 0
+            for passage in self.passages.documents():
+                if isinstance(passage, Rejected):
+                    yield passage
+                    continue
+                name = f"{self.passages.split}:{number}"
+                number += 1
                 ids = tokenizer.encode(passage)
-                if len(ids) > self.tokens:
-                    beginning, rest = ids[: self.tokens], ids[self.tokens :]
-                    name = f"{self.passages.split}:{number}"
-                    yield Prompt(
-                        name, tuple(beginning), tokenizer.decode(beginning), tokenizer.continuation(beginning, rest)
-                    )
+                beginning, rest = ids[: self.tokens], ids[self.tokens :]
+                if rest:
+                    text, reference = tokenizer.decode(beginning), tokenizer.continuation(beginning, rest)
+                    yield Prompt(name, tuple(beginning), text, reference)
+                else:
+                    yield Rejected(name, f"no more than {self.tokens} tokens")
 
-        prompts = list(itertools.islice(each(), self.limit))
-        if not prompts:
+        found = False
+        for item in first(each(), self.limit):
+            found = found or isinstance(item, Prompt)
+            yield item
+        if not found:
             raise ConfigError(
-                f"{self.passages.text.path}: no {self.passages.split} passage of more than {self.tokens} tokens; "
+                f"{self.passages.text}: no {self.passages.split} passage of more than {self.tokens} tokens; "
                 "give a longer text"
             )
-        return prompts
 
     def fingerprint(self) -> str:
         return self.passages.fingerprint()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxdraft.data.quarantine import Quarantine, Rejected
-from jaxdraft.data.sources import files_fingerprint, read_jsonl
+from jaxdraft.data.readers import files_fingerprint, read_jsonl
 from jaxdraft.errors import ConfigError
 from jaxdraft.remote import local_copy
 from jaxdraft.tokenizers import Tokenizer
@@ -104,15 +104,16 @@ class PromptFile:
 
     def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
         ids: set[str] = set()
-        for number, row in self._rows():
+        for row in read_jsonl(self._file()):
             if self.limit is not None and len(ids) == self.limit:
                 break
-            where = f"{self.path}: line {number}"
-            prompt = read_prompt(row, number, tokenizer, where)
+            if isinstance(row, Rejected):
+                raise ConfigError(f"{row.where}: {row.reason}")
+            prompt = read_prompt(row.value, row.number, tokenizer, row.where)
             if prompt.id in ids:
-                raise ConfigError(f"{where}: id {prompt.id!r} was used before; ids must be unique")
+                raise ConfigError(f"{row.where}: id {prompt.id!r} was used before; ids must be unique")
             if self.max_tokens is not None and len(prompt.tokens) > self.max_tokens:
-                yield Rejected(where, f"more than {self.max_tokens} tokens")
+                yield Rejected(row.where, f"more than {self.max_tokens} tokens")
             else:
                 ids.add(prompt.id)
                 yield prompt
@@ -122,12 +123,6 @@ class PromptFile:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file of prompts")
         return path
-
-    def _rows(self) -> Iterable[tuple[int, Any]]:
-        try:
-            yield from read_jsonl(self._file())
-        except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise ConfigError(f"{self.path}: cannot be read ({error})") from error
 
 
 def read_prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prompt:

@@ -26,6 +26,31 @@ class Rejected(NamedTuple):
     reason: str
 
 
+class Misfit(Exception):
+    """Why a row gives nothing: a reason, and what is particular to this row."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+    def at(self, where: str) -> Rejected:
+        return Rejected(f"{where} ({self.detail})" if self.detail else where, self.reason)
+
+
+def first(items: Iterable[T | Rejected], limit: int | None) -> Iterator[T | Rejected]:
+    """The items up to the one that is number ``limit`` of those that are no ``Rejected``."""
+    left = limit
+    if left == 0:
+        return
+    for item in items:
+        yield item
+        if left is not None and not isinstance(item, Rejected):
+            left -= 1
+            if not left:
+                return
+
+
 class Quarantine:
     """What a stage's sources rejected.
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.huggingface import hub_errors
 from jaxdraft.remote import is_url, local_copy
 
 # Weights that are plain arrays, and text; never pickles, never code.
@@ -38,27 +39,9 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     if not _REPOSITORY.fullmatch(repository):
         raise ConfigError(f"{name} is neither a folder here nor a hub repository written owner/name[@revision]")
     import huggingface_hub
-    from huggingface_hub import errors
 
-    try:
+    with hub_errors(str(name)):
         found = huggingface_hub.snapshot_download(
             repository, revision=revision or at or None, allow_patterns=list(_PATTERNS), ignore_patterns=["*/*"]
         )
-    except errors.GatedRepoError:
-        raise ConfigError(
-            f"{repository} is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN"
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise ConfigError(f"{name}: the hub has no such repository or revision ({_first_line(error)})") from None
-    except errors.HFValidationError as error:
-        raise ConfigError(f"{name} is no folder here, and no name of a repository ({_first_line(error)})") from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise ConfigError(
-            f"{name} is no folder here and the hub could not be reached ({_first_line(error)}): download it where "
-            "there is a network, and give its folder"
-        ) from None
     return Path(found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

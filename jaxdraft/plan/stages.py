@@ -22,6 +22,7 @@ from jaxdraft.recipe import (
     Export,
     Generate,
     Prepare,
+    Recipe,
     Score,
     Stage,
     Subset,
@@ -171,7 +172,7 @@ class _Planner:
         if isinstance(stage, Prepare | Subset) and stage.tokens is not None:
             return stage.tokens
         if isinstance(stage, Generate):
-            amount = _answers(stage)
+            amount = _answers(stage, self.recipe)
             return None if amount is None else sum(n * (tokens + stage.max_new_tokens) for n, tokens in amount)
         return self._drawn(name)
 
@@ -203,8 +204,8 @@ class _Planner:
 
     def _generate(self, stage: Generate, plan: StagePlan) -> None:
         plan.parameters = self.target.num_parameters if stage.uses_target else None
-        plan.notes += [note for source in stage.prompts for note in prompts_of(source).notes]
-        amount = _answers(stage)
+        plan.notes += [note for source in stage.prompts for note in prompts_of(source, self.recipe).notes]
+        amount = _answers(stage, self.recipe)
         if amount is None:
             return
         plan.tokens = self._rows(stage.name)
@@ -239,7 +240,7 @@ class _Planner:
     def _evaluate(self, stage: Evaluate, plan: StagePlan) -> None:
         plan.parameters, plan.tokens = self.target.num_parameters, 0.0
         for task in stage.tasks:
-            count, tokens, notes = prompts_of(task.prompts)
+            count, tokens, notes = prompts_of(task.prompts, self.recipe)
             plan.notes += [f"{task.name}: {note}" for note in notes]
             if count is None:
                 continue
@@ -293,9 +294,9 @@ class _Planner:
         return self.context.model(stage)
 
 
-def _answers(stage: Generate) -> list[tuple[int, int]] | None:
+def _answers(stage: Generate, recipe: Recipe) -> list[tuple[int, int]] | None:
     """(answers, tokens of their prompts) of each source; ``None`` where a source does not say how many it has."""
-    found = [prompts_of(source) for source in stage.prompts]
+    found = [prompts_of(source, recipe) for source in stage.prompts]
     if any(prompts.total is None for prompts in found):
         return None
     return [((prompts.total or 0) * len(stage.temperatures), prompts.tokens) for prompts in found]

@@ -1,8 +1,12 @@
 """Passages: nothing lost, nothing in two splits."""
 
+import json
+
 import pytest
 
 from jaxdraft.data.passages import Beginnings, Passages
+from jaxdraft.data.prompts import Prompt
+from jaxdraft.data.quarantine import Rejected
 from jaxdraft.data.sources import Text
 from jaxdraft.errors import ConfigError
 
@@ -33,15 +37,31 @@ def test_beginnings_and_their_rests(text, shared_data):
 
     tokenizer = load_tokenizer(shared_data / "models" / "stories260K-hf")
     passages = Passages(text, "eval", 100)
-    prompts = Beginnings(passages, tokens=8, limit=5).prompts(tokenizer)
+    prompts = list(Beginnings(passages, tokens=8, limit=5).prompts(tokenizer))
     assert len(prompts) == 5
     documents = list(passages.documents())
     for prompt in prompts:
         assert len(prompt.tokens) == 8
         assert prompt.tokens[0] == tokenizer.bos_id
         assert any(document.startswith(prompt.text) for document in documents)
+    lengths = [len(tokenizer.encode(document)) for document in documents]
+    middle = sorted(lengths)[len(lengths) // 2]
+    items = list(Beginnings(passages, tokens=middle).prompts(tokenizer))
+    assert [isinstance(item, Prompt) for item in items] == [length > middle for length in lengths]
+    assert {item.reason for item in items if isinstance(item, Rejected)} == {f"no more than {middle} tokens"}
     with pytest.raises(ConfigError, match="no eval passage of more than 9999 tokens"):
-        Beginnings(passages, tokens=9999).prompts(tokenizer)
+        list(Beginnings(passages, tokens=9999).prompts(tokenizer))
+
+
+def test_what_the_text_rejects_passes_through(tmp_path, tokenizer):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Line {i}."}) + "\n{}\n" for i in range(40)))
+    passages = Passages(Text(str(tmp_path / "text.jsonl")), "seed", 5)
+    documents = list(passages.documents())
+    assert [item for item in documents if isinstance(item, Rejected)] == [
+        Rejected(f"{tmp_path}/text.jsonl: line {2 * i} (it has )", "no field 'text'") for i in range(1, 41)
+    ]
+    prompts = [item for item in Beginnings(passages, tokens=2).prompts(tokenizer) if isinstance(item, Prompt)]
+    assert [prompt.id for prompt in prompts] == [f"seed:{i}" for i in range(len(documents) - 40)]
 
 
 def test_a_wrong_split_is_named(text):

@@ -37,7 +37,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (['{"prompt": "a"}', '{"prompt"'], "line 2 is not JSON"),
+        (['{"prompt": "a"}', '{"prompt"'], r"line 2 \(Expecting.*\): not JSON"),
         ([{"prompt": "a"}, {"text": "a"}], "line 2: needs exactly one of prompt, messages, tokens, has none"),
         ([{"prompt": "a", "tokens": [3]}], "line 1: .* has prompt and tokens"),
         (["[]"], "line 1: needs exactly one"),

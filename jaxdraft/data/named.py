@@ -1,0 +1,230 @@
+"""The data sets of the papers by name, from the hub or from a folder of the same shape: see `jaxdraft.data.catalogue`.
+
+    Corpus("fineweb")                              # the commit that the catalogue names
+    Instructions("oasst1", path="oasst/*.jsonl")   # files of one's own
+
+With a recipe's argument `fineweb: Corpus = Corpus("fineweb")`, `--set fineweb.path=FOLDER` reads from a folder, and
+`--set fineweb.path=none` from the hub.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+from jaxdraft.data.catalogue import CORPORA, PROMPTS, RENDERED, DataSet, Example, PromptSet, rendered
+from jaxdraft.data.contents import contents_of
+from jaxdraft.data.conversations import Conversation
+from jaxdraft.data.prompts import Prompt
+from jaxdraft.data.quarantine import Misfit, Rejected, first
+from jaxdraft.data.readers import Files, Row, is_one_place, text_of
+from jaxdraft.data.sources import documents_of
+from jaxdraft.errors import ConfigError, unknown_name
+from jaxdraft.tokenizers import Tokenizer
+
+Form = Literal["chat", "plain"]
+
+_BATCH = 256  # prompts tokenised at once
+_TITLE = re.compile(r" = (?!= ).+ = ")  # " = = Section = = " is none
+
+
+@dataclass(frozen=True)
+class _Named:
+    """
+    Attributes:
+      name: of the data set.
+      path: where it is read from instead of the hub: a folder with the files of its repository under their names
+        there, or a file or a glob, here or in a bucket.
+      revision: another commit on the hub than the catalogue's.
+      split: of its splits, another than the first.
+      limit: at most this many, the first that fit.
+    """
+
+    name: str
+    path: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    limit: int | None = None
+
+    known: ClassVar[Mapping[str, DataSet]] = {}
+
+    def __post_init__(self) -> None:
+        if self.name not in self.known:
+            raise ConfigError(unknown_name(f"data set for {type(self).__name__}", self.name, sorted(self.known)))
+        if self.split is not None and self.split not in self._set.files:
+            raise ConfigError(f"{self.name}: {unknown_name('split', self.split, list(self._set.files))}")
+
+    @property
+    def _set(self) -> DataSet:
+        return self.known[self.name]
+
+    def files(self) -> Files:
+        """The files read, in order."""
+        pattern = self._set.files[self.split or next(iter(self._set.files))]
+        if self.path is not None:
+            return Files(self.path if is_one_place(self.path) else f"{self.path.rstrip('/')}/{pattern}")
+        revision = self.revision or self._set.revision
+        at = f"@{revision.replace('/', '%2F')}" if revision else ""
+        return Files(f"hf://datasets/{self._set.repository}{at}/{pattern}")
+
+    def fingerprint(self) -> str:
+        return self.files().fingerprint()
+
+    def provenance(self) -> dict[str, Any]:
+        files = self.files()
+        return {
+            "repository": self._set.repository,
+            "revision": files.commit or self.revision,
+            "files": files.names,
+            "licence": self._set.licence,
+            "reference": self._set.reference,
+        }
+
+
+@dataclass(frozen=True)
+class Corpus(_Named):
+    """Documents of a data set: fineweb, stack-v2-smol, tinystories, wikitext-2 or c4.
+
+    Attributes:
+      name, path, revision, split, limit: see above; from the hub, files are downloaded as they are read.
+      contents: of The Stack v2, which names its files by id: the folder, here or in a bucket, that holds the gzipped
+        contents under their ids. None is Software Heritage's bucket, which needs AWS credentials and an agreement with
+        them. Rows that hold their contents need none.
+    """
+
+    contents: str | None = None
+
+    known: ClassVar[Mapping[str, DataSet]] = CORPORA
+
+    def documents(self) -> Iterator[str | Rejected]:
+        found = CORPORA[self.name]
+        rows = self.files().rows(found.columns, found.separator)
+        if found.contents:
+            return first(contents_of(rows, self.contents or found.contents), self.limit)
+        return documents_of(_articles(rows) if found.lines else rows, lambda value: text_of(value, "text"), self.limit)
+
+
+@dataclass(frozen=True)
+class Instructions(_Named):
+    """Prompts of a data set: oig-small-chip2, oasst1, alpaca, evol-instruct, dolly, xsum, cnn-dailymail, humaneval or
+    wmt18-de-en.
+
+    A prompt's id is the data set's own, or "alpaca:17" for its row 17, whatever else is read. What was asked before is
+    rejected. Rows of a file that hold a `prompt` as text, perhaps with its `reference`, are taken as they are.
+
+    Attributes:
+      name, path, revision, split, limit: see above.
+      max_tokens: a longer prompt is rejected.
+      form: "chat" is the tokenizer's chat template, and "plain" a template in text for models without one: Stanford
+        Alpaca's for instructions, those of T0 for summaries, HumanEval's own prompt.
+    """
+
+    max_tokens: int | None = None
+    form: Form = "chat"
+
+    known: ClassVar[Mapping[str, DataSet]] = PROMPTS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in get_args(Form):
+            raise ConfigError(f"form={self.form!r}: must be one of {', '.join(get_args(Form))}")
+
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
+        return first(self._prompts(tokenizer), self.limit)
+
+    def conversations(self) -> Iterator[Conversation | Rejected]:
+        """Each conversation with the data set's own answers; of a tree, the one along its best replies."""
+
+        def each() -> Iterator[Conversation | Rejected]:
+            for item in self._asked():
+                if isinstance(item, Rejected):
+                    yield item
+                elif item.example.is_whole:
+                    answer = item.example.answer
+                    messages = (*item.example.messages, {"role": "assistant", "content": answer or ""})
+                    yield Conversation(item.id, messages) if answer else Rejected(item.where, "no answer")
+
+        return first(each(), self.limit)
+
+    def _prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
+        items = self._asked()
+        while batch := list(itertools.islice(items, _BATCH)):
+            asked = [item for item in batch if not isinstance(item, Rejected)]
+            chat = self.form == "chat"
+            texts = [
+                tokenizer.render([dict(message) for message in item.example.messages]) if chat else item.example.text
+                for item in asked
+            ]
+            encoded = iter(zip(texts, tokenizer.encode_batch(texts, bos=False if chat else None), strict=True))
+            for item in batch:
+                yield item if isinstance(item, Rejected) else self._prompt(item, *next(encoded))
+
+    def _prompt(self, item: "_Asked", text: str, tokens: list[int]) -> Prompt | Rejected:
+        if self.max_tokens is not None and len(tokens) > self.max_tokens:
+            return Rejected(item.where, f"more than {self.max_tokens} tokens")
+        messages = item.example.messages if self.form == "chat" else None
+        return Prompt(item.id, tuple(tokens), text, item.example.answer, messages)
+
+    def _asked(self) -> Iterator["_Asked | Rejected"]:
+        """Every example once: a second one of the same words is rejected."""
+        found = PROMPTS[self.name]
+        seen: set[bytes] = set()
+        for number, row in enumerate(self.files().rows((*found.columns, *RENDERED))):
+            if isinstance(row, Rejected):
+                yield row
+                continue
+            for item in _examples(found, row):
+                if isinstance(item, Rejected):
+                    yield item
+                    continue
+                key = hashlib.sha256(repr(item.messages).encode()).digest()[:16]
+                if key in seen:
+                    yield Rejected(row.where, "duplicate")
+                    continue
+                seen.add(key)
+                yield _Asked(f"{self.name}:{number}" if item.id is None else str(item.id), row.where, item)
+
+
+class _Asked(NamedTuple):
+    id: str
+    where: str
+    example: Example
+
+
+def _examples(found: PromptSet, row: Row) -> Iterator[Example | Rejected]:
+    try:
+        if not isinstance(row.value, dict):
+            raise Misfit("not an object", type(row.value).__name__)
+        make = rendered if "prompt" in row.value and "prompt" not in found.columns else found.examples
+        for item in make(row.value):
+            yield item.at(row.where) if isinstance(item, Misfit) else item
+    except Misfit as misfit:
+        yield misfit.at(row.where)
+
+
+def _articles(rows: Iterable[Row | Rejected]) -> Iterator[Row | Rejected]:
+    """Rows that are lines, or hold several, as articles; an article begins with a title that follows a blank line."""
+    lines: list[str] = []
+    start = None
+    after_blank = True
+    for row in rows:
+        if isinstance(row, Rejected):
+            yield row
+            continue
+        try:
+            text = text_of(row.value, "text")
+        except Misfit as misfit:
+            yield misfit.at(row.where)
+            continue
+        for line in text.split("\n")[:-1] if text.endswith("\n") else text.split("\n"):
+            if after_blank and _TITLE.fullmatch(line.rstrip() + " "):
+                if start and any(map(str.strip, lines)):
+                    yield start._replace(value="\n".join(lines) + "\n")
+                lines, start = [], row
+            start = start or row
+            after_blank = not line.strip()
+            lines.append("" if after_blank else line)
+    if start and any(map(str.strip, lines)):
+        yield start._replace(value="\n".join(lines) + "\n")
