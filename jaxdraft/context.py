@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdraft.data.records import PackedRows
+from jaxdraft.data.records import PackedRows, sha256
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import MODEL
 from jaxdraft.home import Home
@@ -196,9 +196,3 @@ class Context:
             bos_id=tokenizer.bos_id,
             eos_ids=eos_ids,
         )
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

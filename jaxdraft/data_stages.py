@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxdraft.context import VOCABULARY, Context
-from jaxdraft.data.pipeline import pack_concatenate
 from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.distributed import is_lead, on_lead
 from jaxdraft.errors import ConfigError
-from jaxdraft.recipe import DraftVocabulary, Prepare, Score, TrainTokenizer
-from jaxdraft.settings import to_json
+from jaxdraft.recipe import DraftVocabulary, Score, TrainTokenizer
 from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizer_training import train_sentencepiece
 from jaxdraft.tokenizers import tokenizer_files
@@ -28,12 +26,6 @@ def run_train_tokenizer(stage: TrainTokenizer, context: Context) -> Outputs:
     folder = context.folder(stage.name)
     train_sentencepiece(_documents(stage.sources, stage.name), folder, stage.vocab_size)
     return tokenizer_files(folder), {"vocab_size": stage.vocab_size}
-
-
-def run_prepare(stage: Prepare, context: Context) -> Outputs:
-    counts: collections.Counter[str] = collections.Counter()
-    rows = pack_concatenate(_documents(stage.sources, stage.name), context.tokenizer, stage.length, counts)
-    return write_packed(stage.name, rows, stage.length, to_json(stage.sources), counts, context)
 
 
 def run_score(stage: Score, context: Context) -> Outputs:

@@ -1,4 +1,4 @@
-"""What each stage of a recipe is told: frozen dataclasses, checked when they are made."""
+"""What the stages that use models are told: frozen dataclasses, checked when they are made."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import Loss
 from jaxdraft.models import ModelConfig
+from jaxdraft.recipe_data import Stage, TopK
 from jaxdraft.server import Server
 from jaxdraft.train.state import OptimizerSettings
 
@@ -17,74 +18,6 @@ FROM_TARGET = ("subclone", "target-embedding")
 INITS = ("random", *FROM_TARGET)
 TARGET = "target"
 """As a writer of answers: the recipe's target, whatever the stage that makes it is called."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One step of a recipe. What it makes lies in the folder of its name in the run directory."""
-
-    name: str
-    uses_target: ClassVar[bool] = False
-    uses_tokenizer: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the stages whose output this one reads, beside target and tokenizer."""
-        return ()
-
-
-@dataclasses.dataclass(frozen=True)
-class TopK:
-    """How much of the target's distribution is stored beside every position of packed rows.
-
-    The log-probabilities of the k most likely tokens, of the next token and of all the rest together; FastDraft (arXiv
-    2411.11055) stores the most significant logits alone. For k = 32 that is 132 bytes a token, 196 where the vocabulary
-    has more than 65,536.
-
-    Attributes:
-      k: tokens kept.
-      temperature: of the softmax; losses that read it must have the same.
-    """
-
-    k: int
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        if self.k < 1:
-            raise ConfigError(f"TopK: k is {self.k}: it must be at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"TopK: temperature is {self.temperature}: it must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainTokenizer(Stage):
-    """Text -> a SentencePiece tokenizer, for a target that is trained from nothing.
-
-    Attributes:
-      sources: whose ``documents()`` are learned from.
-      vocab_size: pieces, byte fallback and special tokens included.
-    """
-
-    sources: tuple[Any, ...]
-    vocab_size: int
-    uses_tokenizer: ClassVar[bool] = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepare(Stage):
-    """Text -> packed rows of fixed length: tokenise, append EOS, concatenate, cut (Direct Alignment, A.4).
-
-    Attributes:
-      sources: whose ``documents()`` are packed, one after another.
-      length: tokens per row.
-    """
-
-    sources: tuple[Any, ...]
-    length: int
-
-    def __post_init__(self):
-        if self.length < 2:
-            raise ConfigError(f"{self.name}: length is {self.length}: a row needs at least 2 tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,57 +200,6 @@ class Generate(Stage):
     def instructions(self) -> tuple[str, ...]:
         """The stages that wrote what is asked."""
         return tuple(source.stage for source in self.prompts if isinstance(source, Written))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Score(Stage):
-    """Rows -> the same rows with the target's distribution stored beside them, from one pass of the target.
-
-    Training with ``target_logits="stored"`` then needs no target in memory, and each further loss or epoch no pass.
-
-    Attributes:
-      data: the Prepare or Generate stage whose rows are read.
-      keep_logits: how much is stored.
-    """
-
-    data: str
-    keep_logits: TopK
-    uses_target: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.data,)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftVocabulary(Stage):
-    """Rows -> the tokens a draft may propose: the most frequent of the target's own text, and its end tokens.
-
-    Direct Alignment (arXiv 2403.00858, section 1) lets a draft share "the same or a subset of" the vocabulary; EAGLE-3
-    (arXiv 2503.01840) and FR-Spec (arXiv 2502.14856) do so. With a large vocabulary the head is most of a draft's work.
-    Choose it for a draft pretrained on all tokens: a full export proposes the others too, as they were learned then.
-    What the target writes does not change: a token that the draft cannot propose is one that it does not get accepted.
-
-    In the quickstart, 512 of 1024 tokens are 98.3 % of what the target wrote; distilled with TVD++ and them, block
-    efficiency at γ 5 is 4.85 on code and 2.50 on summaries, with all tokens 4.90 and 2.54. On two CPU cores a step of
-    ``presets.fastdraft_llama31_150m`` took 18 ms, with 16,384 of its 128,256 tokens 9 ms.
-
-    Attributes:
-      data: the stage whose labels are counted: of a Generate stage what the target wrote.
-      size: tokens, multiples of 128 suit every device.
-    """
-
-    data: str
-    size: int
-    uses_target: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if self.size < 1:
-            raise ConfigError(f"{self.name}: size is {self.size}: it must be positive")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.data,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 
 from jaxdraft import __version__
-from jaxdraft.context import Context, sha256
+from jaxdraft.context import Context
+from jaxdraft.data.records import sha256
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.home import Home, open_home
@@ -210,7 +211,7 @@ def _fetch_inputs(stage: Stage, context: Context) -> None:
 def _opened(plan: Plan, context: Context) -> dict[str, Any]:
     """The record of a stage that begins or goes on; what is out of date is set aside first."""
     stage, folder = plan.stage, context.folder(plan.stage.name)
-    if plan.state == "changed":
+    if plan.state == "changed" and not (stage.keeps_parts and (_record(folder) or {}).get("status") == "running"):
         say(f"    what it had made is now in {context.home.set_aside(stage.name)}")
     context.home.fetch(stage.name)
     folder.mkdir(parents=True, exist_ok=True)

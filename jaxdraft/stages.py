@@ -16,7 +16,6 @@ from jaxdraft.data.records import PackedRows
 from jaxdraft.data_stages import (
     Outputs,
     run_draft_vocabulary,
-    run_prepare,
     run_score,
     run_train_tokenizer,
 )
@@ -30,6 +29,7 @@ from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
+from jaxdraft.prepare import run_prepare, run_subset
 from jaxdraft.probe import efficiency_summary, probe
 from jaxdraft.recipe import (
     INITS,
@@ -41,6 +41,7 @@ from jaxdraft.recipe import (
     Prepare,
     Score,
     Stage,
+    Subset,
     Train,
     TrainTokenizer,
 )
@@ -192,6 +193,7 @@ def run_export(stage: Export, context: Context) -> Outputs:
 EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     TrainTokenizer: run_train_tokenizer,
     Prepare: run_prepare,
+    Subset: run_subset,
     Train: run_train,
     Generate: run_generate,
     Score: run_score,
@@ -200,7 +202,7 @@ EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     Export: run_export,
 }
 
-ON_DEVICES = (Train, Generate, Score, Evaluate)
+ON_DEVICES = (Prepare, Train, Generate, Score, Evaluate)
 """What all processes do together; the lead alone does the rest. Files and facts are the lead's."""
 
 

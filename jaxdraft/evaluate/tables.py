@@ -14,6 +14,7 @@ from jaxdraft.evaluate.verdict import count, number
 
 _KINDS = {
     "Prepare": "Cuts text into rows of tokens",
+    "Subset": "Takes a uniform sample of rows",
     "TrainTokenizer": "Trains the tokenizer",
     "Score": "Stores the target's distribution beside rows",
     "DraftVocabulary": "Chooses the tokens that drafts may propose",

@@ -25,6 +25,7 @@ from jaxdraft.recipe import (
     Recipe,
     Score,
     Stage,
+    Subset,
     TopK,
     Train,
 )
@@ -86,9 +87,7 @@ def row_bytes(vocabulary: int, keep: TopK | None) -> int:
 
 def row_length(context: PlannedContext, name: str) -> int:
     """Tokens of the rows that a stage makes."""
-    stage = context.recipe.stage(name)
-    if isinstance(stage, Score):
-        return row_length(context, stage.data)
+    stage = context.recipe.origin(name)
     assert isinstance(stage, Prepare | Generate)
     return stage.length
 
@@ -133,9 +132,14 @@ class _Planner:
             Evaluate: self._evaluate,
         }
         if isinstance(stage, Prepare):
-            plan.tokens = self._drawn(stage.name)
+            plan.tokens = self._drawn(stage.name) if stage.tokens is None else stage.tokens
             plan.storage = {"rows": plan.tokens * row_bytes(self.vocabulary, None)}
-            plan.notes.append("as much text as is trained on, once: with less it is read again")
+            if stage.tokens is None:
+                plan.notes.append("as much text as is trained on, once: with less it is read again")
+        elif isinstance(stage, Subset):
+            plan.tokens = stage.tokens
+            keep = getattr(self.recipe.stage(stage.data), "keep_logits", None)
+            plan.storage = {"rows": plan.tokens * row_bytes(self.vocabulary, keep)}
         elif isinstance(stage, Export):
             trained = self.recipe.stage(stage.draft)
             assert isinstance(trained, Train)
@@ -156,8 +160,8 @@ class _Planner:
             if isinstance(stage, Train) and name in stage.shares:
                 share = stage.shares[name]
                 reads = max(reads, stage.steps * stage.batch_size * share * row_length(self.context, name))
-            elif isinstance(stage, Score) and stage.data == name:
-                reads = max(reads, self._drawn(stage.name))
+            elif isinstance(stage, Score | Subset) and stage.data == name:
+                reads = max(reads, self._drawn(stage.name) if isinstance(stage, Score) else stage.tokens)
         return reads
 
     def _rows(self, name: str) -> float | None:
@@ -165,6 +169,8 @@ class _Planner:
         stage = self.recipe.stage(name)
         if isinstance(stage, Score):
             return self._rows(stage.data)
+        if isinstance(stage, Prepare | Subset) and stage.tokens is not None:
+            return stage.tokens
         if isinstance(stage, Generate):
             amount = _answers(stage, self.recipe)
             return None if amount is None else sum(n * (tokens + stage.max_new_tokens) for n, tokens in amount)
@@ -185,7 +191,7 @@ class _Planner:
         plan.phases = [Phase("updates", stage.steps, work, self._train_bytes(stage, config, live, length))]
         for name, share in stage.shares.items():
             rows = self._rows(name)
-            if rows and not isinstance(self.recipe.stage(name), Prepare):
+            if rows and getattr(self.recipe.stage(name), "tokens", True) is not None:
                 plan.notes.append(f"reads {name} {plan.tokens * share / rows:.2g} times")
 
     def _train_bytes(self, stage: Train, config: ModelConfig, live: bool, length: int) -> float:
