@@ -28,6 +28,8 @@ from jaxdraft.decode.sampling import (
     Draws,
     Sampling,
     draw,
+    gumbel_argmax,
+    gumbels,
     is_any,
     position_keys,
     probabilities,
@@ -194,7 +196,7 @@ def write_in_blocks(
     """Goes on with a ``WrittenInBlocks`` until at most ``floor`` rows are live.
 
     Greedy without ``sampling`` and ``draws``. Sampled, drafts stand by the rule of ``verify``; or, drafter-invariant,
-    while they equal what the target draws with the keys of ``generate.write``, which the draft draws with too.
+    while they equal what the target draws with the noise of ``generate.write``, which the draft draws with too.
     """
     target_head_DV = head_weight(target_decoder.config, target_params)
     draft_head_DR = head_weight(draft_decoder.config, draft_params)
@@ -203,9 +205,9 @@ def write_in_blocks(
         purposes = SAMPLE, PROPOSE, ACCEPT, REPLACE
         keys = _Keys(*(row_keys(draws.seed, purpose, draws.example_ids_B) for purpose in purposes))
     G, nowhere = block_size, slots(state.target_cache)
-    rows_B1 = jnp.arange(state.tokens_BS.shape[0])[:, None]
+    rows_B1, order_K = jnp.arange(state.tokens_BS.shape[0])[:, None], jnp.arange(G + 1)
 
-    def propose(state, live_B):
+    def propose(state, live_B, noise_BKV):
         n_B = state.length_B
 
         def step(carry, tokens_BT, positions_BT, i):
@@ -219,8 +221,8 @@ def write_in_blocks(
                 return (cache, finite_B), (token_ids(draft_decoder.config, best_B), None)
             probs_BR = probabilities(logits_BR, sampling)
             probs_BV = widen(draft_decoder.config, probs_BR)
-            if drafter_invariant:  # over the target's tokens: both models' noise is that of the token
-                return (cache, finite_B), (draw(position_keys(keys.sample_B, n_B + i), probs_BV), None)
+            if noise_BKV is not None:
+                return (cache, finite_B), (gumbel_argmax(probs_BV, noise_BKV[:, i]), None)
             drawn_B = token_ids(draft_decoder.config, draw(position_keys(keys.propose_B, n_B + i), probs_BR))
             return (cache, finite_B), (drawn_B, probs_BV)
 
@@ -239,19 +241,22 @@ def write_in_blocks(
 
     def block(state: WrittenInBlocks) -> WrittenInBlocks:
         n_B, live_B = state.length_B, state.length_B < state.end_B
-        drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B)
+        noise_BKV = None
+        if drafter_invariant and sampling is not None:
+            noise = lambda i: gumbels(position_keys(keys.sample_B, n_B + i), target_decoder.config.vocabulary)
+            noise_BKV = jax.vmap(noise, out_axes=1)(order_K)
+        drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B, noise_BKV)
 
         last_B1 = state.tokens_BS[rows_B1, n_B[:, None] - 1]
-        slots_BK = jnp.where(live_B[:, None], n_B[:, None] - 1 + jnp.arange(G + 1), nowhere)
+        slots_BK = jnp.where(live_B[:, None], n_B[:, None] - 1 + order_K, nowhere)
         hidden_BKD, target_cache = target_decoder.apply(
             {"params": target_params}, jnp.concatenate([last_B1, drafts_BG], 1), slots_BK, cache=state.target_cache
         )
         logits_BKV = logits(hidden_BKD, target_head_DV)
         if sampling is None:
             accepted_B, next_B = verify_equal(drafts_BG, jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32))
-        elif drafter_invariant:
-            own = lambda probs_BV, i: draw(position_keys(keys.sample_B, n_B + i), probs_BV)
-            own_BK = jax.vmap(own, (1, 0), 1)(probabilities(logits_BKV, sampling), jnp.arange(G + 1))
+        elif noise_BKV is not None:
+            own_BK = gumbel_argmax(probabilities(logits_BKV, sampling), noise_BKV)
             accepted_B, next_B = verify_equal(drafts_BG, own_BK)
         else:
             u_BG = uniforms(keys.accept_B, n_B[:, None] + jnp.arange(G))
@@ -260,7 +265,6 @@ def write_in_blocks(
             next_B = draw(position_keys(keys.replace_B, n_B + accepted_B), next_probs_BV)
 
         count_B = accepted_B + 1
-        order_K = jnp.arange(G + 1)
         emitted_BK = jnp.where(order_K < accepted_B[:, None], jnp.pad(drafts_BG, ((0, 0), (0, 1))), next_B[:, None])
         ends_BK = is_any(emitted_BK, eos_E) & (order_K < count_B[:, None])
         until_end_B = jnp.where(jnp.any(ends_BK, axis=1), jnp.argmax(ends_BK, axis=1) + 1, count_B)
