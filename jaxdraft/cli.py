@@ -46,7 +46,12 @@ which takes a minute or more each, and says what they take of each chip. This ne
 EXTRAS=tpu bash launch/setup.sh"""
 INSPECT_EXAMPLE = """examples:
   jaxdraft inspect MODEL_FOLDER
-  jaxdraft inspect runs/quickstart"""
+  jaxdraft inspect runs/quickstart
+  jaxdraft inspect runs/quickstart --stage corpus --rows 2
+  jaxdraft inspect gs://bucket/run --stage responses --seed 7
+
+With --stage you read what the draft will read: packed rows, or what the target answered, decoded with the special
+tokens. Dimmed, or between ‹ and ›, stand prompts and whatever else is no label. The same seed shows the same rows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
     inspect.add_argument("folder", help="a model folder, owner/name[@revision] on the hub, or a run directory")
+    inspect.add_argument("--stage", help="of a run directory: a stage that made rows or answers, to read some of them")
+    inspect.add_argument("--rows", type=_positive, help="with --stage: how many, chosen at random (default: 3)")
+    inspect.add_argument("--seed", type=_seed, help="with --stage: of the choice (default: 0)")
     return parser
 
 
@@ -299,6 +307,14 @@ def _plan(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _inspect(options: argparse.Namespace, command: list[str]) -> None:
+    if options.stage is not None:
+        from jaxdraft.home import open_home
+        from jaxdraft.inspect_rows import inspect_stage
+
+        inspect_stage(open_home(options.folder, None), options.stage, options.rows or 3, options.seed or 0)
+        return
+    if options.rows is not None or options.seed is not None:
+        raise ConfigError("--rows and --seed choose among a stage's rows: name the stage with --stage")
     from jaxdraft.inspect import inspect
     from jaxdraft.models.hub import model_folder
 

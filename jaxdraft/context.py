@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from jaxdraft.data.records import PackedRows
+from jaxdraft.data.records import PackedRows, sha256
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import MODEL
 from jaxdraft.home import Home
@@ -20,7 +22,7 @@ from jaxdraft.models.folder import weight_files
 from jaxdraft.models.hf import load_config
 from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe import HFModel, Recipe, Train
-from jaxdraft.sharding import Load
+from jaxdraft.sharding import MESH_AXES, Load
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
 
 VOCABULARY = "draft_vocabulary.json"
@@ -59,10 +61,13 @@ class Context:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        if self.recipe.tokenizer is None:
+        given = self.recipe.tokenizer
+        if given is None:
             return self.target_folder
-        self.home.fetch(self.recipe.tokenizer)
-        return self.folder(self.recipe.tokenizer)
+        if isinstance(given, HFModel):
+            return model_folder(given.path, given.revision)
+        self.home.fetch(given)
+        return self.folder(given)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -89,6 +94,18 @@ class Context:
     def decode_mesh(self) -> Mesh:
         """The same devices as they are used to write text."""
         return self.decode_mesh_on(self.mesh)
+
+    @cached_property
+    def own_decode_mesh(self) -> Mesh | None:
+        """The part of ``decode_mesh`` that is this process's alone, to write text without the others; ``None`` where a
+        model is cut over devices of several processes.
+        """
+        own = jax.local_devices()
+        tensor = self.decode_mesh.shape["tensor"]
+        groups = [group for group in self.decode_mesh.devices.reshape(-1, tensor) if set(group) <= set(own)]
+        if len(groups) * tensor < len(own):
+            return None
+        return Mesh(np.array(groups).reshape(-1, 1, tensor), MESH_AXES, axis_types=self.decode_mesh.axis_types)
 
     def mesh_on(self, devices: Sequence[Any] | None) -> Mesh:
         """``mesh`` for other devices than those at hand; their dtype is that of ``backend.platform``."""
@@ -170,16 +187,12 @@ class Context:
             return self.draft_config()
         if stage.model.vocab_size is not None:
             return stage.model
-        tokenizer = self.tokenizer
+        tokenizer, eos_ids = self.tokenizer, stage.model.eos_ids
+        if tokenizer.eos_id not in eos_ids:
+            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         return dataclasses.replace(
             stage.model,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
-            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            eos_ids=eos_ids,
         )
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

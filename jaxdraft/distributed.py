@@ -92,6 +92,13 @@ def from_lead(values: Callable[[], Iterable[T]]) -> Iterator[T]:
         yield told[0]
 
 
+def from_all(*values: int) -> list[tuple[int, ...]]:
+    """The numbers, each below 2³¹, of every process, in their order."""
+    if jax.process_count() == 1:
+        return [values]
+    return [tuple(row) for row in multihost_utils.process_allgather(np.array(values, np.int32)).tolist()]
+
+
 def on_all(problem: str) -> list[str]:
     """What went wrong on any process, so that all of them do the same about it; empty where nothing did."""
     if jax.process_count() == 1:

@@ -49,6 +49,9 @@ class Home:
     def keep(self, *files: Path) -> None:
         """Copies files home that are not there yet as they are now. Only the lead process does."""
 
+    def keep_own(self, *files: Path) -> None:
+        """The same of files that no other process writes. Every process does."""
+
     def keep_report(self) -> None:
         """Makes the report at home the one that is here."""
 
@@ -129,9 +132,12 @@ class BucketHome(Home):
 
     def keep(self, *files: Path) -> None:
         if self._leads:
-            new = [file for file in files if Stamp.of(file) != self._kept.get(file)]
-            self._bucket.copy_there({str(file.relative_to(self.folder)): file for file in new})
-            self._kept.update({file: Stamp.of(file) for file in new})
+            self.keep_own(*files)
+
+    def keep_own(self, *files: Path) -> None:
+        new = [file for file in files if Stamp.of(file) != self._kept.get(file)]
+        self._bucket.copy_there({str(file.relative_to(self.folder)): file for file in new})
+        self._kept.update({file: Stamp.of(file) for file in new})
 
     def keep_report(self) -> None:
         files = [file for file in (self.folder / REPORT).rglob("*") if file.is_file()]

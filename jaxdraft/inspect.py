@@ -1,13 +1,16 @@
 """``jaxdraft inspect``: what a model folder or a run directory holds, in a screenful."""
 
 import json
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.folder import opened, read_json, weight_files
 from jaxdraft.models.hf import load_config
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, no character; separators of lines
 
 
 def inspect(folder: Path) -> None:
@@ -22,10 +25,26 @@ def inspect(folder: Path) -> None:
         lines = _model(folder)
     else:
         raise ConfigError(f"{folder} holds neither config.json (a model folder) nor recipe.json (a run directory)")
-    rows = list(lines)
+    print_facts(lines)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Names and values in two columns."""
+    rows = [(printable(name), printable(value)) for name, value in facts]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text that a terminal takes for nothing but text: what controls it, or cannot be seen, is written as an escape.
+
+    Args:
+      text: from anywhere.
+      keep: control characters to leave as they are.
+    """
+    hidden = lambda c: unicodedata.category(c) in _HIDDEN and c not in keep
+    return "".join(c.encode("unicode_escape").decode() if hidden(c) else c for c in text)
 
 
 def _model(folder: Path) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ measurement is a pass of the draft alone (``jaxdraft.decode.offline``).
 Shapes: N new tokens.
 """
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jaxdraft.evaluate.figures import decoding
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.models import Decoder, ModelConfig
 from jaxdraft.models.decoder import Params
-from jaxdraft.recipe import Generate, Train
+from jaxdraft.recipe import TARGET, Generate, Train
 from jaxdraft.tracking import read_jsonl
 
 
@@ -82,14 +83,13 @@ def probe(
 
 
 def first_answers(folder: Path, generate: Generate, limit: int) -> list[dict[str, Any]]:
-    """The first answers that the target wrote, ``limit`` of each temperature, from as few files as hold them."""
+    """The target's answers to the first questions, ``limit`` of each temperature; files are in another order."""
     found: dict[float, list[dict[str, Any]]] = {temperature: [] for temperature in generate.temperatures}
     for path in sorted(folder.glob("responses-*.jsonl")):
         for line in read_jsonl(path):
-            if line.get("writer", "target") == "target" and len(found[line["temperature"]]) < limit:
-                found[line["temperature"]].append(line)
-        if min(map(len, found.values())) == limit:
-            break
+            if line["writer"] == TARGET and "error" not in line:
+                found.setdefault(line["temperature"], []).append(line)
+        found = {key: heapq.nsmallest(limit, lines, lambda line: line["number"]) for key, lines in found.items()}
     return [line for lines in found.values() for line in lines]
 
 

@@ -2,26 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from jaxdraft.data.pipeline import rows_per_batch
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.losses import parts
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe_stages import (
-    FROM_TARGET,
-    INITS,
-    TARGET,
-    DraftVocabulary,
-    Evaluate,
-    Export,
-    Generate,
-    Prepare,
-    Score,
-    Stage,
-    TopK,
-    Train,
-    TrainTokenizer,
-)
+from jaxdraft.recipe_data import DraftVocabulary, Prepare, Score, Stage, Subset, TopK, TrainTokenizer
+from jaxdraft.recipe_stages import FROM_TARGET, INITS, TARGET, Evaluate, Export, Generate, Train, Written
 from jaxdraft.sharding import MeshShape
 
 __all__ = [
@@ -37,9 +25,11 @@ __all__ = [
     "Recipe",
     "Score",
     "Stage",
+    "Subset",
     "TopK",
     "Train",
     "TrainTokenizer",
+    "Written",
 ]
 
 RESERVED = ("report", "superseded")
@@ -54,7 +44,7 @@ class HFModel:
 
 
 NO_STAGES = {"init": INITS, "writer": (TARGET,)}  # what else these fields may say
-ROWS = (Prepare, Generate, Score)
+ROWS = (Prepare, Generate, Score, Subset)
 READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
     Train: {
         "data": ROWS,
@@ -63,8 +53,9 @@ READS: dict[type[Stage], dict[str, tuple[type[Stage], ...]]] = {
         "reference": (Train,),
         "probe": (Generate,),
     },
-    Generate: {"writer": (Train,)},
-    Score: {"data": (Prepare, Generate)},
+    Generate: {"writer": (Train,), "draft": (Train,), "instructions": (Generate,)},
+    Score: {"data": (Prepare, Generate, Subset)},
+    Subset: {"data": (Prepare, Generate, Score)},
     DraftVocabulary: {"data": ROWS},
     Evaluate: {"drafts": (Train,)},
     Export: {"draft": (Train,), "evaluation": (Evaluate,)},
@@ -80,7 +71,8 @@ class Recipe:
       target: the model to be accelerated: a folder, or the Train stage that makes it.
       draft: the shape of the drafts; without a ``vocab_size`` it takes the target's, and its BOS and EOS.
       stages: run in this order.
-      tokenizer: the TrainTokenizer stage; ``None`` takes the target folder's.
+      tokenizer: of a target that is trained: the TrainTokenizer stage, or the folder (or hub repository) that has it;
+        ``None`` takes the target folder's.
       description: one paragraph for the report.
       seed: of all randomness.
       mesh: how devices are laid out.
@@ -93,7 +85,7 @@ class Recipe:
     target: HFModel | str
     draft: ModelConfig
     stages: tuple[Stage, ...]
-    tokenizer: str | None = None
+    tokenizer: str | HFModel | None = None
     description: str = ""
     seed: int = 0
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
@@ -116,8 +108,8 @@ class Recipe:
         if isinstance(self.target, str):
             self._check_reference("target", self.target, earlier, (Train,))
             if self.tokenizer is None:
-                raise ConfigError("a target that is trained needs tokenizer= the TrainTokenizer stage")
-        if self.tokenizer is not None:
+                raise ConfigError("a target that is trained needs tokenizer= the TrainTokenizer stage, or a folder")
+        if isinstance(self.tokenizer, str):
             self._check_reference("tokenizer", self.tokenizer, earlier, (TrainTokenizer,))
 
     def stage(self, name: str) -> Stage:
@@ -136,8 +128,12 @@ class Recipe:
         if not stage.probe_block_sizes:
             return None
         named = map(self.stage, stage.shares if stage.probe is None else (stage.probe,))
-        made = (self.stage(other.data) if isinstance(other, Score) else other for other in named)
+        made = (self.origin(other.name) for other in named)
         return next((other for other in made if isinstance(other, Generate)), None)
+
+    def origin(self, name: str) -> Stage:
+        """The stage that packed the rows which the stage of that name makes, or takes from others."""
+        return _origin(name, {stage.name: stage for stage in self.stages})
 
     def uses_target(self, stage: Stage) -> bool:
         """Whether a stage reads the target's weights: also one that only has its block efficiency measured."""
@@ -148,7 +144,7 @@ class Recipe:
         names = list(stage.needs)
         if self.uses_target(stage) and isinstance(self.target, str):
             names.append(self.target)
-        if stage.uses_tokenizer and self.tokenizer is not None:
+        if stage.uses_tokenizer and isinstance(self.tokenizer, str):
             names.append(self.tokenizer)
         return tuple(dict.fromkeys(names))
 
@@ -168,9 +164,7 @@ class Recipe:
             rows_per_batch(list(stage.shares), stage.shares, stage.batch_size)
         except ConfigError as error:
             raise ConfigError(f"{stage.name}: {error}") from None
-        made = {name: earlier[name] for name in stage.shares}
-        packed = {name: earlier[s.data] if isinstance(s, Score) else s for name, s in made.items()}
-        lengths = {name: getattr(s, "length", 0) for name, s in packed.items()}
+        lengths = {name: getattr(_origin(name, earlier), "length", 0) for name in stage.shares}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"{stage.name}: rows of different lengths cannot be mixed: {lengths}")
 
@@ -187,7 +181,8 @@ class Recipe:
             )
         kept: dict[str, TopK] = {}
         for name in stage.shares:
-            made, keep = earlier[name], getattr(earlier[name], "keep_logits", None)
+            made = _origin(name, earlier, Subset)
+            keep = getattr(made, "keep_logits", None)
             if keep is None:
                 top = "keep_logits=TopK(32)"
                 remedy = (
@@ -216,3 +211,10 @@ class Recipe:
         if name not in fitting:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ConfigError(f"{what}: " + unknown_name(f"earlier {wanted} stage", name, fitting))
+
+
+def _origin(name: str, stages: Mapping[str, Stage], through: Any = Score | Subset) -> Stage:
+    stage = stages[name]
+    while isinstance(stage, through):
+        stage = stages[stage.data]
+    return stage

@@ -1,13 +1,16 @@
-"""What each stage of a recipe is told: frozen dataclasses, checked when they are made."""
+"""What the stages that use models are told: frozen dataclasses, checked when they are made."""
 
 import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
+from jaxdraft.data.magpie import Magpie
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import Loss
 from jaxdraft.models import ModelConfig
+from jaxdraft.recipe_data import Stage, TopK
+from jaxdraft.server import Server
 from jaxdraft.train.state import OptimizerSettings
 
 FROM_TARGET = ("subclone", "target-embedding")
@@ -15,74 +18,6 @@ FROM_TARGET = ("subclone", "target-embedding")
 INITS = ("random", *FROM_TARGET)
 TARGET = "target"
 """As a writer of answers: the recipe's target, whatever the stage that makes it is called."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One step of a recipe. What it makes lies in the folder of its name in the run directory."""
-
-    name: str
-    uses_target: ClassVar[bool] = False
-    uses_tokenizer: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the stages whose output this one reads, beside target and tokenizer."""
-        return ()
-
-
-@dataclasses.dataclass(frozen=True)
-class TopK:
-    """How much of the target's distribution is stored beside every position of packed rows.
-
-    The log-probabilities of the k most likely tokens, of the next token and of all the rest together; FastDraft (arXiv
-    2411.11055) stores the most significant logits alone. For k = 32 that is 132 bytes a token, 196 where the vocabulary
-    has more than 65,536.
-
-    Attributes:
-      k: tokens kept.
-      temperature: of the softmax; losses that read it must have the same.
-    """
-
-    k: int
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        if self.k < 1:
-            raise ConfigError(f"TopK: k is {self.k}: it must be at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"TopK: temperature is {self.temperature}: it must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainTokenizer(Stage):
-    """Text -> a SentencePiece tokenizer, for a target that is trained from nothing.
-
-    Attributes:
-      sources: whose ``documents()`` are learned from.
-      vocab_size: pieces, byte fallback and special tokens included.
-    """
-
-    sources: tuple[Any, ...]
-    vocab_size: int
-    uses_tokenizer: ClassVar[bool] = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepare(Stage):
-    """Text -> packed rows of fixed length: tokenise, append EOS, concatenate, cut (Direct Alignment, A.4).
-
-    Attributes:
-      sources: whose ``documents()`` are packed, one after another.
-      length: tokens per row.
-    """
-
-    sources: tuple[Any, ...]
-    length: int
-
-    def __post_init__(self):
-        if self.length < 2:
-            raise ConfigError(f"{self.name}: length is {self.length}: a row needs at least 2 tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +103,23 @@ class Train(OptimizerSettings, Stage):
         return (*self.shares, *filter(None, (start, self.draft_vocabulary, self.reference, self.probe)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """As prompts: the instructions that an earlier Generate stage wrote from ``Magpie``.
+
+    Those that did not end, are empty, were written before or hold tokens of the chat template are left out and counted.
+
+    Attributes:
+      stage: the Generate stage.
+      limit: at most this many.
+      max_tokens: a longer prompt is left out.
+    """
+
+    stage: str
+    limit: int | None = None
+    max_tokens: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Stage):
     """Prompts -> what the target answers, as JSONL and as packed rows: the distillation set.
@@ -179,17 +131,24 @@ class Generate(Stage):
 
     Attributes:
       prompts: whose ``prompts(tokenizer)`` are answered.
-      temperatures: 0 is greedy.
+      temperatures: 0 is greedy. Those, and what follows, a prompt of its own settings is not asked with.
       top_p: of every temperature.
       max_new_tokens: per answer.
+      system_prompts: of several, an answer's id and the seed choose one; ``""`` is none. For prompts that are
+        conversations.
       length: tokens per packed row.
-      batch_size: prompts decoded at once. The rounding of bfloat16 depends on it.
+      batch_size: rows decoded at once, each taken by the next prompt when its answer ends. The rounding of bfloat16
+        depends on it.
       shard_size: answers per file, the unit of work that an interruption may cost.
-      train_on_prompts: let prompt tokens count as labels too.
+      labels: which tokens count as labels: of ``"answers"``; also of the ``"assistant"``'s earlier turns in a prompt
+        that is a conversation; or ``"all"``, whole prompts too.
       keep_logits: store the target's distribution beside the rows. It is that of generation, except in answers that do
         not fit into a row and are cut. To change it without answering anew, leave it out and add a Score stage.
       writer: who answers: ``"target"``, a Train stage, or shares such as ``{"target": .5, "pretrain": .5}``. Of
         several, an answer's id and the seed choose its writer.
+      draft: a Train stage's model that drafts for the writer: the same text, sooner.
+      block_size: γ, tokens it proposes per run of the writer.
+      server: an OpenAI-compatible server that runs the target, and answers in place of this machine.
     """
 
     prompts: tuple[Any, ...]
@@ -199,9 +158,13 @@ class Generate(Stage):
     max_new_tokens: int = 128
     batch_size: int = 32
     shard_size: int = 512
-    train_on_prompts: bool = False
+    system_prompts: tuple[str, ...] = ()
+    labels: Literal["answers", "assistant", "all"] = "answers"
     keep_logits: TopK | None = None
     writer: str | dict[str, float] = TARGET
+    draft: str | None = None
+    block_size: int = 4
+    server: Server | None = None
 
     def __post_init__(self):
         shares = self.writers.values()
@@ -211,8 +174,13 @@ class Generate(Stage):
             raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: give at least one, none negative")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"{self.name}: top_p is {self.top_p}: it must lie in (0, 1]")
-        if min(self.max_new_tokens, self.batch_size, self.shard_size, self.length - 1) < 1:
-            raise ConfigError(f"{self.name}: max_new_tokens, batch_size, shard_size and length must be positive")
+        if min(self.max_new_tokens, self.batch_size, self.shard_size, self.block_size, self.length - 1) < 1:
+            numbers = "max_new_tokens, batch_size, shard_size, block_size and length"
+            raise ConfigError(f"{self.name}: {numbers} must be positive")
+        if self.server is not None and (self.writer != TARGET or self.draft is not None):
+            raise ConfigError(f"{self.name}: server answers as the target, alone: leave out writer and draft")
+        if any(isinstance(source, Magpie) for source in self.prompts) and min(self.temperatures) == 0:
+            raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: at 0 Magpie writes one instruction")
 
     @property
     def writers(self) -> dict[str, float]:
@@ -221,62 +189,17 @@ class Generate(Stage):
 
     @property
     def uses_target(self) -> bool:  # type: ignore[override]
-        return TARGET in self.writers or self.keep_logits is not None
+        return (TARGET in self.writers and self.server is None) or self.keep_logits is not None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return tuple(name for name in self.writers if name != TARGET)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Score(Stage):
-    """Rows -> the same rows with the target's distribution stored beside them, from one pass of the target.
-
-    Training with ``target_logits="stored"`` then needs no target in memory, and each further loss or epoch no pass.
-
-    Attributes:
-      data: the Prepare or Generate stage whose rows are read.
-      keep_logits: how much is stored.
-    """
-
-    data: str
-    keep_logits: TopK
-    uses_target: ClassVar[bool] = True
+        drafted = () if self.draft is None else (self.draft,)
+        return (*self.instructions, *(name for name in self.writers if name != TARGET), *drafted)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.data,)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftVocabulary(Stage):
-    """Rows -> the tokens a draft may propose: the most frequent of the target's own text, and its end tokens.
-
-    Direct Alignment (arXiv 2403.00858, section 1) lets a draft share "the same or a subset of" the vocabulary; EAGLE-3
-    (arXiv 2503.01840) and FR-Spec (arXiv 2502.14856) do so. With a large vocabulary the head is most of a draft's work.
-    Choose it for a draft pretrained on all tokens: a full export proposes the others too, as they were learned then.
-    What the target writes does not change: a token that the draft cannot propose is one that it does not get accepted.
-
-    In the quickstart, 512 of 1024 tokens are 98.3 % of what the target wrote; distilled with TVD++ and them, block
-    efficiency at γ 5 is 4.85 on code and 2.50 on summaries, with all tokens 4.90 and 2.54. On two CPU cores a step of
-    ``presets.fastdraft_llama31_150m`` took 18 ms, with 16,384 of its 128,256 tokens 9 ms.
-
-    Attributes:
-      data: the stage whose labels are counted: of a Generate stage what the target wrote.
-      size: tokens, multiples of 128 suit every device.
-    """
-
-    data: str
-    size: int
-    uses_target: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if self.size < 1:
-            raise ConfigError(f"{self.name}: size is {self.size}: it must be positive")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.data,)
+    def instructions(self) -> tuple[str, ...]:
+        """The stages that wrote what is asked."""
+        return tuple(source.stage for source in self.prompts if isinstance(source, Written))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 
 from jaxdraft import __version__
-from jaxdraft.context import Context, sha256
+from jaxdraft.context import Context
+from jaxdraft.data.records import sha256
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.home import Home, open_home
@@ -28,7 +29,7 @@ from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, ON_DEVICES, external_inputs
-from jaxdraft.tracking import say
+from jaxdraft.tracking import say, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
@@ -56,6 +57,8 @@ class Plan:
 
 # What the report reads of a stage, besides its record.
 REPORTED = (
+    "answers.json",
+    "manifest.json",
     "results.json",
     "samples.jsonl",
     "metrics.jsonl",
@@ -208,7 +211,7 @@ def _fetch_inputs(stage: Stage, context: Context) -> None:
 def _opened(plan: Plan, context: Context) -> dict[str, Any]:
     """The record of a stage that begins or goes on; what is out of date is set aside first."""
     stage, folder = plan.stage, context.folder(plan.stage.name)
-    if plan.state == "changed":
+    if plan.state == "changed" and not (stage.keeps_parts and (_record(folder) or {}).get("status") == "running"):
         say(f"    what it had made is now in {context.home.set_aside(stage.name)}")
     context.home.fetch(stage.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -349,11 +352,8 @@ def _holds(path: Path, value: Any) -> bool:
 
 
 def _write_json(home: Home, name: str, value: Any) -> None:
-    path = home.folder / name
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-    home.keep(path)
+    write_json(home.folder / name, value)
+    home.keep(home.folder / name)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ from typing import Any
 def to_json(value: Any) -> Any:
     """Dataclasses as ``{"type": name, field: …}``, tuples as lists.
 
+    A field that does not compare (``dataclasses.field(compare=False)``) does not change what is made, and is left out.
     A class of the user's own is named with its module and the hash of its source: editing it changes the setting.
 
     Raises:
       TypeError: a value that has no faithful JSON form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return {"type": _type_name(type(value)), **fields}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]

@@ -16,8 +16,6 @@ from jaxdraft.data.records import PackedRows
 from jaxdraft.data_stages import (
     Outputs,
     run_draft_vocabulary,
-    run_generate,
-    run_prepare,
     run_score,
     run_train_tokenizer,
 )
@@ -26,10 +24,12 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
+from jaxdraft.generation import run_generate
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
+from jaxdraft.prepare import run_prepare, run_subset
 from jaxdraft.probe import efficiency_summary, probe
 from jaxdraft.recipe import (
     INITS,
@@ -41,6 +41,7 @@ from jaxdraft.recipe import (
     Prepare,
     Score,
     Stage,
+    Subset,
     Train,
     TrainTokenizer,
 )
@@ -192,6 +193,7 @@ def run_export(stage: Export, context: Context) -> Outputs:
 EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     TrainTokenizer: run_train_tokenizer,
     Prepare: run_prepare,
+    Subset: run_subset,
     Train: run_train,
     Generate: run_generate,
     Score: run_score,
@@ -200,18 +202,17 @@ EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     Export: run_export,
 }
 
-ON_DEVICES = (Train, Generate, Score, Evaluate)
+ON_DEVICES = (Prepare, Train, Generate, Score, Evaluate)
 """What all processes do together; the lead alone does the rest. Files and facts are the lead's."""
 
 
 def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
     found = dict(_fingerprints(stage, stage.name))
-    if isinstance(context.recipe.target, HFModel):
-        if context.recipe.uses_target(stage):
-            found["target"] = context.target_hash
-        if stage.uses_tokenizer and context.recipe.tokenizer is None:
-            found["tokenizer"] = context.tokenizer.fingerprint()
+    if isinstance(context.recipe.target, HFModel) and context.recipe.uses_target(stage):
+        found["target"] = context.target_hash
+    if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
+        found["tokenizer"] = context.tokenizer.fingerprint()
     return found
 
 

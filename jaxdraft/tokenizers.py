@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,10 @@ _FILES = (
     "chat_template.json",
 )
 _SHOWN = 3  # differing pieces that are named
+
+
+class ChatTemplateError(ConfigError):
+    """A chat template does not take a conversation; the text says why, in the same words for each one it is true of."""
 
 
 class _Backend(Protocol):
@@ -188,29 +192,40 @@ class Tokenizer:
         A character spread over several byte pieces appears at the piece that completes it.
         """
         text = self.decode(ids)
-        settled = (_common_prefix(self.decode(ids[:n]), text) for n in range(1, len(ids) + 1))
+        settled = (common_prefix(self.decode(ids[:n]), text) for n in range(1, len(ids) + 1))
         ends = list(itertools.accumulate(settled, max))
         return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     @functools.cached_property
     def _chat(self) -> Any:
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt text for `[{"role", "content"}, ...]` by the folder's chat template, opened for the reply.
-
-        The template writes BOS itself where it wants one: encode the result with `bos=False`.
-        Raises ConfigError where the folder has no chat template.
-        """
         in_file = (self.folder / "chat_template.jinja").is_file()
         if not in_file and "chat_template" not in _read_json(self.folder / "tokenizer_config.json"):
             raise ConfigError(
                 f"{self.folder}: no chat template (looked for chat_template.jinja and for chat_template in "
                 'tokenizer_config.json); give prompts as "prompt" text instead of "messages"'
             )
-        text = self._chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+
+    def render(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+        """The text of `[{"role", "content"}, ...]` by the folder's chat template, with `reply` opened for the answer.
+
+        The template writes BOS itself where it wants one: encode the result with `bos=False`.
+        Raises:
+          ChatTemplateError: the template refuses these messages: a system prompt, or an order of roles.
+          ConfigError: the folder has no chat template.
+        """
+        import jinja2
+
+        if not messages:
+            raise ChatTemplateError("the conversation has no messages")
+        try:
+            text = self._chat.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply
+            )
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the chat template does not take the conversation: {error}") from error
         assert isinstance(text, str)
         return text
 
@@ -260,6 +275,11 @@ def differences(target: Tokenizer, draft: Tokenizer) -> list[str]:
     if target.adds_bos != draft.adds_bos:
         found.append(f"add_bos is {target.adds_bos} in the target and {draft.adds_bos} in the draft")
     return found
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many characters, or ids, two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
@@ -319,10 +339,6 @@ def _piece(tokenizer: Tokenizer, index: int | None) -> str:
 
 def _quoted(piece: str | None) -> str:
     return "missing" if piece is None else repr(piece)
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

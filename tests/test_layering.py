@@ -38,22 +38,32 @@ MAY_IMPORT = {
     "train": BASE | {"checkpoint", "data", "losses", "models"},
     "evaluate": BASE | {"data", "decode", "models"},
     "settings": set(),
+    "server": {"data", "tokenizers"},
     "overrides": {"losses"},
-    "recipe_stages": BELOW_STAGES,
-    "recipe": BELOW_STAGES | {"recipe_stages"},
+    "recipe_data": set(),
+    "recipe_stages": BELOW_STAGES | {"recipe_data", "server"},
+    "recipe": BELOW_STAGES | {"recipe_data", "recipe_stages"},
     "recipe_file": {"overrides", "recipe"},
     "export": BELOW_STAGES | {"__init__"},
     "check_rules": BELOW_STAGES,
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
+    "inspect_rows": BELOW_STAGES | {"home", "inspect"},
     "context": BELOW_STAGES | {"export", "home", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
+    "prepare": BELOW_STAGES | {"context", "recipe", "settings"},
+    "questions": BELOW_STAGES | {"context", "recipe"},
+    "answers": BELOW_STAGES | {"questions"},
+    "generation": BELOW_STAGES
+    | {"answers", "context", "data_stages", "questions", "recipe", "server", "settings", "stored_targets"},
     "probe": BELOW_STAGES | {"context", "recipe"},
-    "stages": BELOW_STAGES | {"context", "data_stages", "export", "probe", "recipe", "settings", "stored_targets"},
+    "stages": BELOW_STAGES
+    | {"context", "data_stages", "export", "generation", "prepare", "probe", "recipe", "settings", "stored_targets"},
     "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
-    "cli": BELOW_STAGES | {"__init__", "check", "export", "home", "inspect", "plan", "recipe_file", "run"},
+    "cli": BELOW_STAGES
+    | {"__init__", "check", "export", "home", "inspect", "inspect_rows", "plan", "recipe_file", "run"},
 }
 
 

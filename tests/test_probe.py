@@ -7,16 +7,18 @@ from jaxdraft.tracking import write_jsonl
 
 def test_the_first_answers_of_each_temperature_are_measured_and_only_the_targets(tmp_path):
     stage = Generate("probe", prompts=(), length=8, temperatures=(0.0, 0.6))
-    lines = [{"id": f"{i}@{t:g}", "temperature": t} for i in range(5) for t in stage.temperatures]
+    lines = [
+        {"id": f"{i}@{t:g}", "temperature": t, "writer": "target", "number": 2 * i + (t > 0)}
+        for i in range(5)
+        for t in stage.temperatures
+    ]
     lines[0]["writer"] = "draft"
-    lines[1]["writer"] = "target"
-    for i in range(2):
-        write_jsonl(tmp_path / f"responses-{i:05d}-of-00003.jsonl", lines[5 * i : 5 * i + 5])
-    (tmp_path / "responses-00002-of-00003.jsonl").write_text("not needed\n")
+    lines[3]["error"] = "empty answer"
+    for i in range(2):  # files hold questions of one length, and not in the order in which they were asked
+        write_jsonl(tmp_path / f"responses-{i:05d}-of-00002.jsonl", lines[5 * (1 - i) : 5 * (1 - i) + 5])
     ids = [line["id"] for line in first_answers(tmp_path, stage, 2)]
-    assert ids == ["1@0", "2@0", "0@0.6", "1@0.6"]
-    (tmp_path / "responses-00002-of-00003.jsonl").unlink()
-    assert len(first_answers(tmp_path, stage, 32)) == 9
+    assert ids == ["1@0", "2@0", "0@0.6", "2@0.6"]
+    assert len(first_answers(tmp_path, stage, 32)) == 8
 
 
 def test_the_summary_is_the_last_value_at_the_largest_block_size():

@@ -88,7 +88,7 @@ def test_block_efficiency_is_measured_on_the_answers_behind_a_score():
         ("distill.loss=TVDPlus", "did you mean 'TVDPlusPlus'"),
         ("distill.init=pretrian", "did you mean 'pretrain'"),
         ("distill.draft_vocabulary=vocabulry", "did you mean 'vocabulary'"),
-        ("vocabulary.data=target", "no earlier Prepare or Generate or Score stage 'target'"),
+        ("vocabulary.data=target", "no earlier Prepare or Generate or Score or Subset stage 'target'"),
         ("vocabulary.size=0", "size is 0"),
         ("export.vocabulary=half", "cannot read 'half'"),
         ("distill.init=subclon", "did you mean 'subclone'"),

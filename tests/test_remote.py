@@ -19,12 +19,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxdraft.cli import main
 from jaxdraft.data.prompts import PromptFile
 from jaxdraft.data.sources import Text
 from jaxdraft.errors import ConfigError
+from jaxdraft.home import open_home
 from jaxdraft.lease import NAME, lease
 from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe_file import load_recipe
@@ -352,3 +354,23 @@ def test_two_real_runs_one_is_refused_and_the_other_gives_the_lease_back_when_it
     assert code == 75, said
     assert NAME not in bucket.files()
     assert json.loads(bucket.read("distill/stage.json"))["seconds"] > 0
+
+
+def test_rows_and_answers_are_looked_at(url, made_run, capsys):
+    text = {key: np.ones(8, np.int32) for key in ("tokens", "segment_ids", "loss_mask")}
+    made_run.rows("text", [text])
+    made_run.answers("responses", [f"Question {i}?" for i in range(20)], lambda question: f"Answer {question.id}.")
+    Bucket(url).copy_there({str(file.relative_to(made_run.folder)): file for file in _files(made_run.folder)})
+    for stage in ("text", "responses"):
+        outputs = []
+        for place in (str(made_run.folder), url):
+            assert main(["inspect", place, "--stage", stage, "--rows", "2"]) == 0
+            outputs.append(capsys.readouterr().out)
+        assert outputs[0] == outputs[1]
+    copied = {file.name for file in _files(open_home(url, None).folder) if file.suffix == ".jsonl"}
+    assert 1 <= len(copied) <= 2 < len(list((made_run.folder / "responses").glob("*.jsonl")))
+    assert copied == set(re.findall(r"responses-\d+-of-\d+\.jsonl", outputs[0]))
+
+
+def _files(folder):
+    return [file for file in folder.rglob("*") if file.is_file()]

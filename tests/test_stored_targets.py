@@ -183,7 +183,10 @@ def score(name="scored", **changes):
             ),
             "different lengths cannot be mixed: {'scored': 64, 'answers': 32}",
         ),
-        ((Score("scored", data="corpus", keep_logits=TopK(K)),), "no earlier Prepare or Generate stage 'corpus'"),
+        (
+            (Score("scored", data="corpus", keep_logits=TopK(K)),),
+            "no earlier Prepare or Generate or Subset stage 'corpus'",
+        ),
     ],
 )
 def test_a_recipe_that_would_train_on_what_is_not_stored_is_refused(stages, message):

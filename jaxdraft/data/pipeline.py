@@ -1,9 +1,9 @@
 """Documents to packed rows, and packed rows to batches.
 
-Packing happens once, with grain. Batches are then a pure function of (seed, step) by random access: there is no
+Packing happens once. Batches are then a pure function of (seed, step) by random access: there is no
 iterator to save, so restarts, seeks and other numbers of processes give the same data.
 
-Shapes: B rows per batch, L row length, k tokens of the target's distribution.
+Shapes: B rows per batch, R rows of a block, L row length, k tokens of the target's distribution.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizers import Tokenizer
 
-_ENCODE_BATCH = 64  # documents tokenised at once
+_BLOCK_TOKENS = 1 << 18  # packed at once
 _PACKING_BINS = 64  # rows held open by first-fit packing
 _MAX_DENOMINATOR = 1000  # weights are read as fractions with at most this denominator
 
@@ -53,44 +53,96 @@ class _ElementsIterator(grain.DatasetIterator):
         raise NotImplementedError("packing is done in one go; it is never resumed in the middle")
 
 
-def pack_concatenate(
-    documents: Iterable[str], tokenizer: Tokenizer, length: int, counts: Counter[str] | None = None
-) -> Iterator[Row]:
-    """Tokenise, append EOS, concatenate and cut into rows of `length` (Direct Alignment, appendix A.4).
+class Encoded(NamedTuple):
+    """Documents as tokens.
 
-    Each document is encoded as when serving (BOS where the tokenizer adds one). No padding: the tokens after the last
-    full row are dropped. A document cut by a row's end goes on as the first segment of the next row.
+    Attributes:
+      tokens: int32[T], one document after another, each with its EOS.
+      lengths: int64[D], tokens of each document.
+    """
 
-    Args:
-      counts: gets `documents`, `tokens` and `dropped_tokens`.
-    Yields:
-      rows of `tokens` int32[L], `segment_ids` int32[L] (1..), `loss_mask` uint8[L] (0 only at a segment's first token).
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> Encoded:
+    """Each text as when serving (BOS where the tokenizer adds one), with EOS behind it.
+
+    Raises:
+      ConfigError: the tokenizer names no EOS.
     """
     if tokenizer.eos_id is None:
         raise ConfigError(f"{tokenizer.folder}: the tokenizer names no eos_token, which separates documents")
+    documents = tokenizer.encode_batch(texts)
+    for ids in documents:
+        ids.append(tokenizer.eos_id)
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int32, int(lengths.sum()))
+    return Encoded(tokens, lengths)
+
+
+def pack_concatenate(
+    encoded: Iterable[Encoded],
+    length: int,
+    counts: Counter[str] | None = None,
+    *,
+    segments: bool = True,
+    rows: int | None = None,
+) -> Iterator[Row]:
+    """Documents one after another, cut into rows of `length` (Direct Alignment, appendix A.4).
+
+    No padding: the tokens after the last full row are dropped. A document cut by a row's end goes on as the first
+    segment of the next row.
+
+    Args:
+      encoded: the documents, in their order.
+      counts: gets `documents`, `tokens` and `dropped_tokens`; where `rows` ends it, of what is in rows alone.
+      segments: each document of a row is a segment of its own; else a row is one segment.
+      rows: at most so many; little more of `encoded` is read.
+    Yields:
+      blocks of R rows, R as it comes: `tokens` int32[R, L], `segment_ids` int32[R, L] (1..), `loss_mask` uint8[R, L]
+      (0 only at a segment's first token).
+    """
     counts = Counter() if counts is None else counts
+    tokens, owners = np.empty(0, np.int32), np.empty(0, np.int32)  # not in a row yet; owners: which document's
+    documents = read = made = 0
+    for parts in _blocks(encoded):
+        lengths = np.concatenate([part.lengths for part in parts])
+        numbers = np.arange(documents, documents + len(lengths), dtype=np.int32)
+        tokens = np.concatenate([tokens, *(part.tokens for part in parts)])
+        owners = np.concatenate([owners, np.repeat(numbers, lengths)])
+        documents, read = documents + len(lengths), read + int(lengths.sum())
+        count = len(tokens) // length if rows is None else min(len(tokens) // length, rows - made)
+        if count:
+            kept, made = count * length, made + count
+            yield _rows(tokens[:kept].reshape(count, length), owners[:kept].reshape(count, length), segments)
+            if made == rows:
+                documents, read = int(owners[kept - 1]) + 1, made * length
+                break
+            tokens, owners = tokens[kept:], owners[kept:]
+    counts["documents"] += documents
+    counts["tokens"] += read
+    counts["dropped_tokens"] += read - made * length
 
-    def elements() -> Iterator[Row]:
-        remaining = iter(documents)
-        while texts := list(itertools.islice(remaining, _ENCODE_BATCH)):
-            for ids in tokenizer.encode_batch(texts):
-                counts["documents"] += 1
-                counts["tokens"] += len(ids) + 1
-                yield {"tokens": np.array([*ids, tokenizer.eos_id], np.int32)}
 
-    packed = grain.experimental.ConcatThenSplitIterDataset(_Elements(elements()), length_struct={"tokens": length})
-    kept = 0
-    for row in packed:
-        segment_ids = row["tokens_segment_ids"]
-        if segment_ids[-1] == 0:
-            break
-        kept += length
-        yield {
-            "tokens": row["tokens"],
-            "segment_ids": segment_ids,
-            "loss_mask": (segment_positions(segment_ids) > 0).astype(np.uint8),
-        }
-    counts["dropped_tokens"] += counts["tokens"] - kept
+def _blocks(encoded: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+    parts: list[Encoded] = []
+    size = 0
+    for part in encoded:
+        parts.append(part)
+        size += len(part.tokens)
+        if size >= _BLOCK_TOKENS:
+            yield parts
+            parts, size = [], 0
+    if parts:
+        yield parts
+
+
+def _rows(tokens_RL: np.ndarray, owners_RL: np.ndarray, segments: bool) -> Row:
+    segments_RL = owners_RL - owners_RL[:, :1] + 1 if segments else np.ones_like(owners_RL)
+    mask_RL = np.zeros(tokens_RL.shape, np.uint8)
+    mask_RL[:, 1:] = segments_RL[:, 1:] == segments_RL[:, :-1]
+    return {"tokens": tokens_RL, "segment_ids": segments_RL, "loss_mask": mask_RL}
 
 
 def pack_whole(
@@ -102,7 +154,8 @@ def pack_whole(
       examples: pairs (tokens, loss_mask) of equal lengths; one longer than `length` is first cut into pieces.
       counts: gets `examples`, `cut_examples`, `tokens` and `padding`.
     Yields:
-      rows as `pack_concatenate`'s, `loss_mask` the examples' own with 0 at each segment's first token.
+      rows of `tokens`, `segment_ids` and `loss_mask`, each [L], as in `pack_concatenate`'s blocks; `loss_mask` is the
+      examples' own with 0 at each segment's first token.
     """
     counts = Counter() if counts is None else counts
 
@@ -139,6 +192,15 @@ def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
     starts = np.zeros(segment_ids.shape, np.int32)
     starts[..., 1:] = np.where(segment_ids[..., 1:] != segment_ids[..., :-1], index[1:], 0)
     return index - np.maximum.accumulate(starts, axis=-1)
+
+
+def sample(count: int, size: int, seed: int, name: str) -> np.ndarray:
+    """`size` of `count` rows, int64, ascending: the first of a permutation that `seed` and `name` choose.
+
+    For one seed and name a smaller sample is a part of a larger one.
+    """
+    order = grain.MapDataset.range(count).seed(_source_seed(seed, f"{name}/sample")).shuffle()
+    return np.sort(np.fromiter((order[i] for i in range(size)), np.int64, size))
 
 
 class RowSource(Protocol):

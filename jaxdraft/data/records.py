@@ -14,15 +14,18 @@ Where the target's distribution is stored beside them, it is that of the token a
 
 `manifest.json` is written last, so a folder without one is not a data set. It holds the row length, column types (of
 several values per position also their number), vocabulary size, tokenizer fingerprint, source, what packing counted,
-what is stored of which target, and for each shard rows, tokens, bytes and sha256.
+the source's rows that were rejected by reason, what is stored of which target, and for each shard rows, tokens, bytes
+and sha256.
 """
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +37,9 @@ from jaxdraft.errors import ConfigError
 MANIFEST = "manifest.json"
 FORMAT = 1
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random access reads nothing else
+
+Block = Mapping[str, np.ndarray]
+"""Some rows: each column's values, [R, length] or [R, length, width]."""
 
 
 class Column(NamedTuple):
@@ -83,6 +89,46 @@ def _from_manifest(column: Any) -> Column:
     return Column(np.dtype(dtype), width)
 
 
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What rows are like.
+
+    Attributes:
+      length: tokens of a row.
+      vocab_size: of the tokens.
+      target_logits: where the target's distribution is stored: `k`, `temperature`, `target` (hash of its folder) and
+        `vocabulary` (its size).
+    """
+
+    length: int
+    vocab_size: int
+    target_logits: Mapping[str, Any] | None = None
+
+    @functools.cached_property
+    def columns(self) -> dict[str, Column]:
+        return columns(self.vocab_size, self.target_logits)
+
+    def records(self, rows: Block, where: str) -> np.ndarray:
+        """A block's rows as they are stored: uint8[R, bytes of a row].
+
+        Raises:
+          ConfigError: a row that does not fit; the message says that it is in `where`.
+        """
+        limits = {"tokens": self.vocab_size}
+        if self.target_logits is not None:
+            limits["target_ids"] = self.target_logits["vocabulary"]
+        count = len(rows["tokens"])
+        for name, column in self.columns.items():
+            if rows[name].shape != (count, *column.shape(self.length)):
+                raise ConfigError(f"{where}: {name} has shape {rows[name].shape[1:]}, not {column.shape(self.length)}")
+        for name, limit in limits.items():
+            low, high = int(rows[name].min()), int(rows[name].max())
+            if low < 0 or high >= limit:
+                raise ConfigError(f"{where}: token {low if low < 0 else high} is outside the vocabulary of {limit}")
+        stored = (rows[name].astype(column.dtype, order="C") for name, column in self.columns.items())
+        return np.concatenate([values.reshape(count, -1).view(np.uint8) for values in stored], axis=1)
+
+
 def write_rows(
     folder: str | Path,
     rows: Iterator[Mapping[str, np.ndarray]],
@@ -92,6 +138,7 @@ def write_rows(
     tokenizer_fingerprint: str,
     source: Mapping[str, Any],
     counts: Mapping[str, int] | None = None,
+    quarantined: Mapping[str, int] | None = None,
     target_logits: Mapping[str, Any] | None = None,
     shard_rows: int = 8192,
 ) -> dict[str, Any]:
@@ -100,83 +147,105 @@ def write_rows(
     Every file appears under its name only when complete (temporary name, fsync, rename), the manifest last.
 
     Args:
-      rows: dicts of `tokens`, `segment_ids` and `loss_mask`, each `[length]`; with `target_logits` also of `target_ids`
-        and `target_log_probs`.
-      source: where the text is from (settings, revision, licence), kept as given.
-      counts: what packing counted; read after `rows` is exhausted.
-      target_logits: `k`, `temperature`, `target` (hash of its folder) and `vocabulary` (its size) of what is stored of
-        the target.
+      rows: one by one, dicts of `tokens`, `segment_ids` and `loss_mask`, each `[length]`; with `target_logits` also of
+        `target_ids` and `target_log_probs`.
+      length, vocab_size, target_logits: as of `Format`.
+      source, counts, quarantined: as of `write_manifest`; read after `rows` is exhausted.
     Raises:
       ConfigError: no rows at all, or a row that does not fit `length` or `vocab_size`.
     """
-    folder = Path(folder)
+    folder, format = Path(folder), Format(length, vocab_size, target_logits)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [folder / MANIFEST, *folder.glob("rows-*")]:
         stale.unlink(missing_ok=True)
-    layout = columns(vocab_size, target_logits)
-    limits = {"tokens": vocab_size, **({} if target_logits is None else {"target_ids": target_logits["vocabulary"]})}
-    rows = iter(rows)
+    blocks = ({name: values[None] for name, values in row.items()} for row in rows)
     shards: list[dict[str, Any]] = []
-    for first in rows:
-        name = f"rows-{len(shards):05d}.array_record"
-        shard = itertools.chain([first], itertools.islice(rows, shard_rows - 1))
-        shards.append({"file": name, **_write_shard(folder / name, shard, layout, length, limits)})
-    if not shards:
-        raise ConfigError(f"{folder}: no rows: the source holds fewer tokens than one row of length {length}")
-    manifest = {
-        "format": FORMAT,
-        "length": length,
-        "rows": sum(s["rows"] for s in shards),
-        "tokens": sum(s["tokens"] for s in shards),
-        "labels": sum(s["labels"] for s in shards),
-        "columns": {name: _to_manifest(column) for name, column in layout.items()},
-        "vocab_size": vocab_size,
-        "tokenizer": tokenizer_fingerprint,
-        "source": dict(source),
-        "counts": dict(counts or {}),
-        **({} if target_logits is None else {"target_logits": dict(target_logits)}),
-        "shards": shards,
-    }
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-    _commit(temporary, folder / MANIFEST)
-    return manifest
+    for first in blocks:
+        shard = itertools.chain([first], itertools.islice(blocks, shard_rows - 1))
+        shards.append(write_shard(folder / shard_name(len(shards)), shard, format))
+    return write_manifest(
+        folder,
+        shards,
+        format,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        source=source,
+        counts=counts,
+        quarantined=quarantined,
+    )
 
 
-def _check(
-    row: Mapping[str, np.ndarray], layout: Mapping[str, Column], length: int, limits: Mapping[str, int], where: str
-) -> None:
-    for name, column in layout.items():
-        if row[name].shape != column.shape(length):
-            raise ConfigError(f"{where}: {name} has shape {row[name].shape}, not {column.shape(length)}")
-    for name, limit in limits.items():
-        low, high = int(row[name].min()), int(row[name].max())
-        if low < 0 or high >= limit:
-            raise ConfigError(f"{where}: token {low if low < 0 else high} is outside the vocabulary of {limit}")
+def shard_name(number: int) -> str:
+    return f"rows-{number:05d}.array_record"
 
 
-def _write_shard(
-    path: Path,
-    rows: Iterable[Mapping[str, np.ndarray]],
-    layout: Mapping[str, Column],
-    length: int,
-    limits: Mapping[str, int],
-) -> dict[str, Any]:
+def write_shard(path: Path, blocks: Iterable[Block], format: Format) -> dict[str, Any]:
+    """Writes blocks of rows as one shard; its manifest entry: `file`, `rows`, `tokens`, `labels`, `bytes`, `sha256`.
+
+    Raises:
+      ConfigError: a row that does not fit `format`.
+    """
     temporary = path.with_name(path.name + ".tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     totals = {"rows": 0, "tokens": 0, "labels": 0}
     try:
-        for row in rows:
-            _check(row, layout, length, limits, f"row {totals['rows']} of {path.name}")
-            writer.write(b"".join(row[name].astype(column.dtype).tobytes() for name, column in layout.items()))
-            totals["rows"] += 1
-            totals["tokens"] += int(np.count_nonzero(row["segment_ids"]))
-            totals["labels"] += int(np.count_nonzero(row["loss_mask"]))
+        for rows in blocks:
+            for record in format.records(rows, f"row {totals['rows']} of {path.name}"):
+                writer.write(record.tobytes())
+            totals["rows"] += len(rows["tokens"])
+            totals["tokens"] += int(np.count_nonzero(rows["segment_ids"]))
+            totals["labels"] += int(np.count_nonzero(rows["loss_mask"]))
     finally:
         writer.close()
-    result = {**totals, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+    entry = {"file": path.name, **totals, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
     _commit(temporary, path)
-    return result
+    return entry
+
+
+def write_manifest(
+    folder: Path,
+    shards: Sequence[Mapping[str, Any]],
+    format: Format,
+    *,
+    tokenizer_fingerprint: str,
+    source: Mapping[str, Any],
+    counts: Mapping[str, int] | None = None,
+    quarantined: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Makes shards that lie in `folder` a data set; returns its manifest.
+
+    Args:
+      shards: their entries, of `write_shard`, in the order of their rows.
+      source: where the text is from (settings, revision, licence), kept as given.
+      counts: what packing counted.
+      quarantined: rows of the source that gave no text, by reason.
+    Raises:
+      ConfigError: no rows at all.
+    """
+    if not any(shard["rows"] for shard in shards):
+        raise ConfigError(f"{folder}: no rows: the source holds fewer tokens than one row of length {format.length}")
+    stored = format.target_logits
+    manifest = {
+        "format": FORMAT,
+        "length": format.length,
+        **{total: sum(shard[total] for shard in shards) for total in ("rows", "tokens", "labels")},
+        "columns": {name: _to_manifest(column) for name, column in format.columns.items()},
+        "vocab_size": format.vocab_size,
+        "tokenizer": tokenizer_fingerprint,
+        "source": dict(source),
+        "counts": dict(counts or {}),
+        **({"quarantined": dict(quarantined)} if quarantined else {}),
+        **({} if stored is None else {"target_logits": dict(stored)}),
+        "shards": list(shards),
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that appears under its name only when it is complete and durable."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    _commit(temporary, path)
 
 
 def _commit(temporary: Path, path: Path) -> None:
@@ -191,7 +260,8 @@ def _commit(temporary: Path, path: Path) -> None:
         os.close(directory)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -263,5 +333,5 @@ def _check_shard(path: Path, shard: Mapping[str, Any], verify: bool) -> None:
         raise ConfigError(f"{path}: missing; prepare the data again")
     if path.stat().st_size != shard["bytes"]:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard['bytes']}; prepare it again")
-    if verify and _sha256(path) != shard["sha256"]:
+    if verify and sha256(path) != shard["sha256"]:
         raise ConfigError(f"{path}: its sha256 differs from the manifest's, the file is damaged; prepare it again")

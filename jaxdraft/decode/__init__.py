@@ -1,6 +1,7 @@
 """Decoding: a model alone, a target with a draft, and what a draft would bring without decoding at all."""
 
-from jaxdraft.decode.generate import GeneratedBatch, Seconds, generate, generate_batches
+from jaxdraft.decode.driver import Seconds
+from jaxdraft.decode.generate import GeneratedBatch, generate, generate_batches
 from jaxdraft.decode.latency import step_latency
 from jaxdraft.decode.offline import (
     Acceptance,
@@ -10,6 +11,7 @@ from jaxdraft.decode.offline import (
     expected_blocks,
     token_probabilities,
 )
+from jaxdraft.decode.rules import verify
 from jaxdraft.decode.sampling import Sampling, draw, probabilities
 from jaxdraft.decode.score import TopScores, top_scores
 from jaxdraft.decode.speculative import (
@@ -18,17 +20,20 @@ from jaxdraft.decode.speculative import (
     speculative_batches,
     speculative_generate,
     token_origins,
-    verify,
 )
+from jaxdraft.decode.stream import Finished, Request, Usage, stream
 
 __all__ = [
     "Acceptance",
+    "Finished",
     "GeneratedBatch",
+    "Request",
     "Sampling",
     "Seconds",
     "SpeculativeBatch",
     "SpeculativeResult",
     "TopScores",
+    "Usage",
     "acceptance",
     "acceptance_ratios",
     "block_efficiency",
@@ -40,6 +45,7 @@ __all__ = [
     "speculative_batches",
     "speculative_generate",
     "step_latency",
+    "stream",
     "token_origins",
     "token_probabilities",
     "top_scores",

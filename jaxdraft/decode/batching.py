@@ -101,7 +101,7 @@ def prompt_batches(
     if not np.all(limits >= 1):
         raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     for i, prompt in enumerate(prompts):
-        _check_prompt(i, prompt, int(limits[i]), vocab_size, max_positions)
+        check_prompt(i, prompt, int(limits[i]), vocab_size, max_positions)
 
     by_bucket: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -129,17 +129,18 @@ def prompt_batches(
     return batches
 
 
-def _check_prompt(index: int, prompt: Sequence[int], limit: int, vocab_size: int, max_positions: int) -> None:
+def check_prompt(name: Any, prompt: Sequence[int], limit: int, vocab_size: int, max_positions: int) -> None:
+    """Raises ConfigError, with the prompt's name, where a model cannot go on from it for ``limit`` tokens."""
     if not len(prompt):
-        raise ConfigError(f"prompt {index} is empty: generation continues from its last token, give at least one")
+        raise ConfigError(f"prompt {name} is empty: generation continues from its last token, give at least one")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         raise ConfigError(
-            f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to {vocab_size - 1}: "
+            f"prompt {name} has token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to {vocab_size - 1}: "
             "was it made with another tokenizer?"
         )
     if len(prompt) + limit > max_positions:
         raise ConfigError(
-            f"prompt {index} has {len(prompt)} tokens and may grow by {limit}, past the model's {max_positions} "
+            f"prompt {name} has {len(prompt)} tokens and may grow by {limit}, past the model's {max_positions} "
             "positions: shorten the prompt or lower max_new_tokens"
         )
 

@@ -1,14 +1,14 @@
 """Autoregressive generation: what a model writes by itself.
 
-A host driver over two jitted programs, prefill and a ``lax.while_loop`` over positions, compiled once per prompt
-bucket. Rows finish independently; a finished row keeps its shape and writes nothing.
+Two jitted programs, one that reads prompts and a ``lax.while_loop`` over positions, compiled once per prompt bucket.
+Rows finish independently; a finished row keeps its shape and writes nothing.
 
 Shapes: B batch, T tokens, L bucket, S tokens of prompt and answer (also cache slots), V vocabulary, E end tokens.
 """
 
+import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,29 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdraft.decode.batching import PromptBatch, prompt_batches
+from jaxdraft.decode.batching import prompt_batches
+from jaxdraft.decode.driver import (
+    Seconds,
+    all_finite,
+    count_live,
+    end_tokens,
+    new_tokens,
+    on_rows,
+    with_room,
+    write_batches,
+)
 from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, is_any, position_keys, probabilities, row_keys
-from jaxdraft.distributed import fetch
-from jaxdraft.errors import ConfigError
+from jaxdraft.decode.score import Keep, TopScores, keep_scores, room_for_scores
 from jaxdraft.models.cache import KVCache, init_cache
 from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
-from jaxdraft.sharding import mesh_of, place
+from jaxdraft.sharding import mesh_of
 
 _PREFILL_CHUNK = 128
-
-
-class Seconds(NamedTuple):
-    """Wall time of one batch.
-
-    Attributes:
-      decode: of the loop alone, the best of the repeats.
-      prefill: of reading the prompts, the best of the repeats.
-      compile: of the first call of this bucket, which compiles unless an earlier run did; 0 for later batches.
-    """
-
-    decode: float
-    prefill: float
-    compile: float
 
 
 class GeneratedBatch(NamedTuple):
@@ -56,14 +51,56 @@ class GeneratedBatch(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Where a batch stands: its tokens, each row's length and the length at which it is done, the cache, and whether
-    all logits so far were finite."""
+    """Where a batch stands: its tokens, each row's length and the length at which it is done, the cache, whether all
+    logits so far were finite, how many steps each row took part in, and what is kept of the distributions."""
 
     tokens_BS: jax.Array
     length_B: jax.Array
     end_B: jax.Array
     cache: KVCache
     finite_B: jax.Array
+    steps_B: jax.Array
+    scores: TopScores | None = None
+
+    @property
+    def finite(self) -> dict[str, jax.Array]:
+        return {"the model": self.finite_B}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alone:
+    """A model that writes by itself: the ``driver.Writer`` of ``generate_batches``.
+
+    Attributes:
+      decoder: with ``scan=False``.
+      params: of ``for_decoding``.
+      eos_E: tokens that end an answer.
+      keep: of the distributions that tokens are drawn from, for a model without a draft vocabulary.
+    """
+
+    decoder: Decoder
+    params: Params
+    eos_E: np.ndarray
+    keep: Keep | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        return mesh_of(self.params)
+
+    def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> Written:
+        return start(self.decoder, self.params, tokens_BL, length_B, end_B, size, self.keep)
+
+    def write(self, state: Written, sampling: Sampling | None, draws: Draws | None, floor: int = 0) -> Written:
+        return write(
+            self.decoder,
+            self.params,
+            state,
+            eos_E=self.eos_E,
+            sampling=sampling,
+            draws=draws,
+            floor=np.int32(floor),
+            keep=self.keep,
+        )
 
 
 def generate(decoder: Decoder, params: Params, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
@@ -122,25 +159,32 @@ def generate_batches(
         vocab_size=config.vocabulary,
         max_positions=config.max_positions,
     )
-    greedy, mesh = all_greedy(batches), mesh_of(params)
-    eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
-    seen: set[int] = set()
-    for batch in batches:
-        sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
-        draws = None if greedy else Draws(np.int32(seed), batch.example_ids_B)
+    writer = Alone(decoder, params, end_tokens(config, eos_ids))
+    for batch, state, seconds in write_batches(writer, batches, seed, repeats):
+        yield GeneratedBatch(batch.indices, new_tokens(batch, state), seconds)
 
-        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> Written:
-            size = batch.tokens_BS.shape[1]
-            prompts_BL = batch.tokens_BS[:, : batch.bucket]
-            cache = prefill(decoder, params, prompts_BL, batch.length_B, batch.end_B, size)
-            return Written(*arrays(mesh, batch, end_B), cache, *place(mesh, (np.ones(len(end_B), bool),), rows=True))
 
-        decode = functools.partial(write, decoder, params, eos_E=eos_E, sampling=sampling, draws=draws)
-        with jax.set_mesh(mesh):
-            state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
-        seen.add(batch.bucket)
-        check_finite("the model", state.finite_B, batch)
-        yield GeneratedBatch(batch.indices, new_tokens(batch, state.tokens_BS, state.length_B), seconds)
+@functools.partial(jax.jit, static_argnames=("decoder", "size", "keep"))
+def start(
+    decoder: Decoder,
+    params: Params,
+    tokens_BL: jax.Array,
+    length_B: jax.Array,
+    end_B: jax.Array,
+    size: int,
+    keep: Keep | None = None,
+) -> Written:
+    """A ``Written`` of rows whose prompts are read, with room for ``size`` tokens of prompt and answer."""
+    state = Written(
+        tokens_BS=with_room(tokens_BL, size),
+        length_B=length_B,
+        end_B=end_B,
+        cache=prefill(decoder, params, tokens_BL, length_B, end_B, size),
+        finite_B=jnp.ones_like(length_B, bool),
+        steps_B=jnp.zeros_like(length_B),
+        scores=room_for_scores(keep, len(length_B), size),
+    )
+    return on_rows(state)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "size"))
@@ -167,9 +211,9 @@ def prefill(
     return jax.lax.fori_loop(0, chunks, read, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
-def write(decoder, params, state, *, eos_E, sampling, draws):
-    """Goes on with a ``Written`` until every row is done; greedy without ``sampling`` and ``draws``."""
+@functools.partial(jax.jit, static_argnames=("decoder", "keep"), donate_argnames=("state",))
+def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, keep=None):
+    """Goes on with a ``Written`` until at most ``floor`` rows are live; greedy without ``sampling`` and ``draws``."""
     head_DV = head_weight(decoder.config, params)
     keys_B: Any = None if draws is None else row_keys(draws.seed, SAMPLE, draws.example_ids_B)
     rows_B = jnp.arange(state.tokens_BS.shape[0])
@@ -181,7 +225,8 @@ def write(decoder, params, state, *, eos_E, sampling, draws):
         slots_B1 = jnp.where(live_B, last_B, nowhere)[:, None]
         last_B1 = state.tokens_BS[rows_B, last_B][:, None]
         hidden_B1D, cache = decoder.apply({"params": params}, last_B1, slots_B1, cache=state.cache)
-        logits_BV = logits(hidden_B1D, head_DV)[:, 0]
+        logits_B1V = logits(hidden_B1D, head_DV)
+        logits_BV = logits_B1V[:, 0]
         if sampling is None:
             next_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         else:
@@ -194,58 +239,8 @@ def write(decoder, params, state, *, eos_E, sampling, draws):
             end_B=jnp.where(live_B & is_any(next_B, eos_E), length_B, state.end_B),
             cache=cache,
             finite_B=state.finite_B & (~live_B | all_finite(logits_BV)),
+            steps_B=state.steps_B + live_B,
+            scores=keep_scores(state.scores, keep, logits_B1V, next_B[:, None], slots_B1),
         )
 
-    return jax.lax.while_loop(lambda state: jnp.any(state.length_B < state.end_B), step, state)
-
-
-def all_finite(logits: jax.Array) -> jax.Array:
-    """Whether each row's largest logit is a number: NaN and +inf anywhere in a row show in its maximum."""
-    return jnp.isfinite(jnp.max(logits, axis=-1))
-
-
-def all_greedy(batches: Sequence[PromptBatch]) -> bool:
-    """Whether no row of any batch is sampled."""
-    return all(np.all(batch.temperature_B == 0) for batch in batches)
-
-
-def arrays(mesh: Mesh, batch: PromptBatch, end_B: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Fresh device arrays of tokens, lengths and ends: a decode program may reuse their memory."""
-    return place(mesh, (batch.tokens_BS, batch.length_B, end_B), rows=True)
-
-
-def timed(
-    start: Callable[[np.ndarray], Any], decode: Callable[[Any], Any], batch: PromptBatch, repeats: int, warm: bool
-) -> tuple[Any, Seconds]:
-    """Runs prefill and decode of one batch and times them apart.
-
-    Where the shapes are new, both run first with every row full from the start, which compiles and decodes nothing.
-    """
-    if repeats < 1:
-        raise ConfigError(f"repeats is {repeats}: it must be at least 1")
-    compiling = 0.0 if warm else _clock(lambda: decode(start(batch.length_B)))[1]
-    times = []
-    for _ in range(repeats):
-        state, reading = _clock(lambda: start(batch.end_B))
-        state, writing = _clock(functools.partial(decode, state))
-        times.append((writing, reading))
-    return state, Seconds(min(w for w, _ in times), min(r for _, r in times), compiling)
-
-
-def _clock(run: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.perf_counter()
-    result = jax.block_until_ready(run())
-    return result, time.perf_counter() - began
-
-
-def new_tokens(batch: PromptBatch, tokens_BS: jax.Array, length_B: jax.Array) -> list[list[int]]:
-    """What was written after each prompt of the batch, fillers left out."""
-    tokens, lengths = fetch((tokens_BS, length_B))
-    return [tokens[row, batch.length_B[row] : lengths[row]].tolist() for row in range(len(batch.indices))]
-
-
-def check_finite(model: str, finite_B: jax.Array, batch: PromptBatch) -> None:
-    """Raises FloatingPointError, naming the prompts, where a row met logits that are not finite."""
-    bad = [i for i, finite in zip(batch.indices, fetch(finite_B), strict=False) if not finite]
-    if bad:
-        raise FloatingPointError(f"{model} gave logits that are not finite for prompts {bad}: are its weights damaged?")
+    return jax.lax.while_loop(lambda state: count_live(state) > floor, step, state)

@@ -1,54 +1,18 @@
 """Speculative decoding: a draft proposes, the target verifies, the output is distributed as the target's own.
 
-Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318), with p the draft's and q the target's
-distribution. The whole generation of a batch is one ``lax.while_loop`` over blocks, a block being one run of the
-target; nothing reaches the host in between, and rows advance independently.
-
-Shapes: B batch, G block size (draft tokens of a block), K = G + 1, T tokens, S tokens of prompt and answer, N most
-blocks a row can need, V vocabulary, R draft vocabulary, E end tokens.
+Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318). The loop is in ``blocks``; here is the
+host driver over whole batches, and what it counts.
 """
 
 import dataclasses
-import functools
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jaxdraft.decode.batching import PromptBatch, prompt_batches
-from jaxdraft.decode.generate import (
-    Seconds,
-    all_finite,
-    all_greedy,
-    arrays,
-    check_finite,
-    new_tokens,
-    prefill,
-    timed,
-)
-from jaxdraft.decode.sampling import (
-    ACCEPT,
-    PROPOSE,
-    REPLACE,
-    Draws,
-    Sampling,
-    draw,
-    is_any,
-    position_keys,
-    probabilities,
-    row_keys,
-    uniforms,
-)
+from jaxdraft.decode.blocks import WithDraft, WrittenInBlocks
+from jaxdraft.decode.driver import Seconds, end_tokens, new_tokens, write_batches
 from jaxdraft.distributed import fetch
-from jaxdraft.errors import ConfigError
-from jaxdraft.models.cache import KVCache, slots
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
-from jaxdraft.sharding import mesh_of, place
-
-logger = logging.getLogger(__name__)
+from jaxdraft.models.decoder import Decoder, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,27 +41,6 @@ class SpeculativeBatch(NamedTuple):
     indices: list[int]
     results: list[SpeculativeResult]
     seconds: Seconds
-
-
-class _Keys(NamedTuple):
-    propose_B: jax.Array
-    accept_B: jax.Array
-    replace_B: jax.Array
-
-
-class WrittenInBlocks(NamedTuple):
-    """Where a batch stands: as ``generate.Written``, with both caches, and what was accepted in each block."""
-
-    tokens_BS: jax.Array
-    length_B: jax.Array
-    end_B: jax.Array
-    target_cache: KVCache
-    draft_cache: KVCache
-    accepted_BN: jax.Array
-    blocks_B: jax.Array
-    cut_B: jax.Array
-    target_finite_B: jax.Array
-    draft_finite_B: jax.Array
 
 
 def speculative_generate(
@@ -157,14 +100,8 @@ def speculative_batches(
       FloatingPointError: a model gave logits that are not finite.
     """
     config = target_decoder.config
-    config.check_target()
-    if block_size < 1:
-        raise ConfigError(f"block_size is {block_size}: the draft must propose at least 1 token")
-    if draft_decoder.config.vocabulary != config.vocabulary:
-        raise ConfigError(
-            f"the draft's vocabulary has {draft_decoder.config.vocabulary} rows, the target's {config.vocabulary}: "
-            "they must share one tokenizer"
-        )
+    models = target_decoder, target_params, draft_decoder, draft_params
+    writer = WithDraft(*models, block_size, end_tokens(config, eos_ids))
     batches = prompt_batches(
         prompts,
         max_new_tokens=max_new_tokens,
@@ -175,182 +112,13 @@ def speculative_batches(
         vocab_size=config.vocabulary,
         max_positions=config.max_positions,
     )
-    longest = max((int(batch.end_B.max()) for batch in batches), default=0)
-    if longest > draft_decoder.config.max_positions:
-        logger.warning(
-            "texts of up to %d tokens, but the draft is made for %d: past them it will hardly be accepted",
-            longest,
-            draft_decoder.config.max_positions,
-        )
-    greedy, mesh = all_greedy(batches), mesh_of(target_params)
-    eos_E = np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
-    program = functools.partial(
-        write_in_blocks, target_decoder, target_params, draft_decoder, draft_params, block_size=block_size, eos_E=eos_E
-    )
-    seen: set[int] = set()
-    for batch in batches:
-        sampling = None if greedy else Sampling(batch.temperature_B, batch.top_p_B)
-        draws = None if greedy else Draws(np.int32(seed), batch.example_ids_B)
-
-        def start(end_B: np.ndarray, batch: PromptBatch = batch) -> WrittenInBlocks:
-            rows, size = batch.tokens_BS.shape
-            prompts = batch.tokens_BS[:, : batch.bucket], batch.length_B, batch.end_B
-            return WrittenInBlocks(
-                *arrays(mesh, batch, end_B),
-                target_cache=prefill(target_decoder, target_params, *prompts, size + block_size + 1),
-                draft_cache=prefill(draft_decoder, draft_params, *prompts, size + block_size + 1),
-                **place(
-                    mesh,
-                    {
-                        "accepted_BN": np.zeros((rows, size - batch.bucket), np.int32),
-                        "blocks_B": np.zeros(rows, np.int32),
-                        "cut_B": np.zeros(rows, bool),
-                        "target_finite_B": np.ones(rows, bool),
-                        "draft_finite_B": np.ones(rows, bool),
-                    },
-                    rows=True,
-                ),
-            )
-
-        decode = functools.partial(program, sampling=sampling, draws=draws)
-        with jax.set_mesh(mesh):
-            state, seconds = timed(start, decode, batch, repeats, warm=batch.bucket in seen)
-        seen.add(batch.bucket)
-        check_finite("the target", state.target_finite_B, batch)
-        check_finite("the draft", state.draft_finite_B, batch)
+    writer.warn_of_length(max((int(batch.end_B.max()) for batch in batches), default=0))
+    for batch, state, seconds in write_batches(writer, batches, seed, repeats):
         yield SpeculativeBatch(batch.indices, _results(batch, state), seconds)
 
 
-def verify(
-    drafts_BG: jax.Array, draft_probs_BGV: jax.Array, target_probs_BKV: jax.Array, uniforms_BG: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The acceptance rule: how many drafts stand, and the law of the token that follows them.
-
-    Draft x is accepted iff u·p(x) < q(x), strictly: with ``<=`` a token impossible under q would pass at u = 0. After
-    the first rejection the next token follows (q - p)₊, after G acceptances q itself, the bonus token (Leviathan et
-    al., algorithm 1). The residual is empty only where p = q up to rounding; q takes its place there.
-
-    Args:
-      drafts_BG: proposed tokens.
-      draft_probs_BGV: p, the very arrays they were drawn from.
-      target_probs_BKV: q at the G drafts and after the last of them.
-      uniforms_BG: u, independent draws from [0, 1).
-
-    Returns:
-      accepted_B: drafts before the first rejection.
-      next_probs_BV: weights of the next token, not normalised.
-    """
-    G = drafts_BG.shape[1]
-    p_BG = jnp.take_along_axis(draft_probs_BGV, drafts_BG[..., None], axis=2)[..., 0]
-    q_BG = jnp.take_along_axis(target_probs_BKV[:, :G], drafts_BG[..., None], axis=2)[..., 0]
-    accepted_B = _leading(uniforms_BG * p_BG < q_BG)
-    rows_B = jnp.arange(drafts_BG.shape[0])
-    q_BV = target_probs_BKV[rows_B, accepted_B]
-    p_BV = jnp.where(accepted_B[:, None] < G, draft_probs_BGV[rows_B, jnp.minimum(accepted_B, G - 1)], 0.0)
-    residual_BV = jnp.maximum(q_BV - p_BV, 0.0)
-    return accepted_B, jnp.where(jnp.any(residual_BV > 0, axis=-1, keepdims=True), residual_BV, q_BV)
-
-
-def verify_greedy(drafts_BG: jax.Array, best_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rule at temperature 0: drafts stand while they are the target's argmax, and its argmax follows them."""
-    accepted_B = _leading(drafts_BG == best_BK[:, :-1])
-    return accepted_B, best_BK[jnp.arange(drafts_BG.shape[0]), accepted_B]
-
-
-def _leading(passed_BG: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.cumprod(passed_BG.astype(jnp.int32), axis=1), axis=1)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("target_decoder", "draft_decoder", "block_size"), donate_argnames=("state",)
-)
-def write_in_blocks(
-    target_decoder, target_params, draft_decoder, draft_params, state, *, block_size, eos_E, sampling, draws
-):
-    """Goes on with a ``WrittenInBlocks`` until every row is done; greedy without ``sampling`` and ``draws``."""
-    target_head_DV = head_weight(target_decoder.config, target_params)
-    draft_head_DR = head_weight(draft_decoder.config, draft_params)
-    keys: Any = None
-    if draws is not None:
-        keys = _Keys(*(row_keys(draws.seed, purpose, draws.example_ids_B) for purpose in (PROPOSE, ACCEPT, REPLACE)))
-    G, nowhere = block_size, slots(state.target_cache)
-    rows_B1 = jnp.arange(state.tokens_BS.shape[0])[:, None]
-
-    def propose(state, live_B):
-        n_B = state.length_B
-
-        def step(carry, tokens_BT, positions_BT, i):
-            cache, finite_B = carry
-            slots_BT = jnp.where(live_B[:, None], positions_BT, nowhere)
-            hidden_BTD, cache = draft_decoder.apply({"params": draft_params}, tokens_BT, slots_BT, cache=cache)
-            logits_BR = logits(hidden_BTD[:, -1:], draft_head_DR)[:, 0]
-            finite_B &= ~live_B | all_finite(logits_BR)
-            if sampling is None:
-                best_B = jnp.argmax(logits_BR, axis=-1).astype(jnp.int32)
-                return (cache, finite_B), (token_ids(draft_decoder.config, best_B), None)
-            probs_BR = probabilities(logits_BR, sampling)
-            drawn_B = token_ids(draft_decoder.config, draw(position_keys(keys.propose_B, n_B + i), probs_BR))
-            return (cache, finite_B), (drawn_B, widen(draft_decoder.config, probs_BR))
-
-        def next_step(carry, i):
-            carry, last_B = carry
-            carry, drawn = step(carry, last_B[:, None], (n_B + i - 1)[:, None], i)
-            return (carry, drawn[0]), drawn
-
-        # The first step reads the last two tokens: after a block accepted in full the cache lacks the first of them.
-        positions_B2 = jnp.stack([jnp.maximum(n_B - 2, 0), n_B - 1], axis=1)
-        carry = state.draft_cache, state.draft_finite_B
-        carry, first = step(carry, state.tokens_BS[rows_B1, positions_B2], positions_B2, 0)
-        (carry, _), others = jax.lax.scan(next_step, (carry, first[0]), jnp.arange(1, G))
-        drawn = jax.tree.map(lambda x, xs: jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1), first, others)
-        return *drawn, *carry
-
-    def block(state: WrittenInBlocks) -> WrittenInBlocks:
-        n_B, live_B = state.length_B, state.length_B < state.end_B
-        drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B)
-
-        last_B1 = state.tokens_BS[rows_B1, n_B[:, None] - 1]
-        slots_BK = jnp.where(live_B[:, None], n_B[:, None] - 1 + jnp.arange(G + 1), nowhere)
-        hidden_BKD, target_cache = target_decoder.apply(
-            {"params": target_params}, jnp.concatenate([last_B1, drafts_BG], 1), slots_BK, cache=state.target_cache
-        )
-        logits_BKV = logits(hidden_BKD, target_head_DV)
-        if sampling is None:
-            accepted_B, next_B = verify_greedy(drafts_BG, jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32))
-        else:
-            u_BG = uniforms(keys.accept_B, n_B[:, None] + jnp.arange(G))
-            target_probs_BKV = probabilities(logits_BKV, sampling)
-            accepted_B, next_probs_BV = verify(drafts_BG, draft_probs_BGV, target_probs_BKV, u_BG)
-            next_B = draw(position_keys(keys.replace_B, n_B + accepted_B), next_probs_BV)
-
-        count_B = accepted_B + 1
-        order_K = jnp.arange(G + 1)
-        emitted_BK = jnp.where(order_K < accepted_B[:, None], jnp.pad(drafts_BG, ((0, 0), (0, 1))), next_B[:, None])
-        ends_BK = is_any(emitted_BK, eos_E) & (order_K < count_B[:, None])
-        until_end_B = jnp.where(jnp.any(ends_BK, axis=1), jnp.argmax(ends_BK, axis=1) + 1, count_B)
-        kept_B = jnp.where(live_B, jnp.minimum(until_end_B, state.end_B - n_B), 0)
-        kept_BK = order_K < kept_B[:, None]
-        written_BK = jnp.where(kept_BK, n_B[:, None] + order_K, nowhere)
-        length_B = n_B + kept_B
-        block_B1 = jnp.where(live_B, state.blocks_B, nowhere)[:, None]
-        return WrittenInBlocks(
-            tokens_BS=state.tokens_BS.at[rows_B1, written_BK].set(emitted_BK, mode="drop"),
-            length_B=length_B,
-            end_B=jnp.where(jnp.any(ends_BK & kept_BK, axis=1), length_B, state.end_B),
-            target_cache=target_cache,
-            draft_cache=draft_cache,
-            accepted_BN=state.accepted_BN.at[rows_B1, block_B1].set(accepted_B[:, None], mode="drop"),
-            blocks_B=state.blocks_B + live_B,
-            cut_B=jnp.where(live_B, kept_B < count_B, state.cut_B),
-            target_finite_B=state.target_finite_B & (~live_B | jnp.all(all_finite(logits_BKV), axis=1)),
-            draft_finite_B=draft_finite_B,
-        )
-
-    return jax.lax.while_loop(lambda state: jnp.any(state.length_B < state.end_B), block, state)
-
-
 def _results(batch: PromptBatch, state: WrittenInBlocks) -> list[SpeculativeResult]:
-    tokens = new_tokens(batch, state.tokens_BS, state.length_B)
+    tokens = new_tokens(batch, state)
     accepted, blocks, cut = fetch((state.accepted_BN, state.blocks_B, state.cut_B))
     return [
         SpeculativeResult(tokens[row], accepted[row, : blocks[row]].tolist(), bool(cut[row]))

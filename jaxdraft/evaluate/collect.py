@@ -4,7 +4,7 @@ Nothing has to be there: a stage that has not run has no numbers, a run without 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ _LOSSES = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the recipe: what it was asked to do, and what it wrote down. ``metrics`` has a dict per step."""
+    """One stage of the recipe: what it was asked to do, and what it wrote down.
+
+    Attributes:
+      metrics: a dict per step.
+      manifest: of its rows; empty where it made none.
+      account: of a Generate stage's answers; empty likewise.
+    """
 
     name: str
     kind: str
@@ -46,6 +52,8 @@ class Stage:
     seconds: float | None
     metrics: list[dict[str, Any]]
     on_answers: bool = False
+    manifest: dict[str, Any] = field(default_factory=dict)
+    account: dict[str, Any] = field(default_factory=dict)
 
     @property
     def distilled(self) -> bool:
@@ -154,8 +162,7 @@ class RunDirectory:
         return shapes
 
     def _target_config(self) -> dict[str, Any]:
-        file = self.target_folder / "config.json" if self.target_folder else None
-        return _read_json(file) if file and file.is_file() else {}
+        return _read_if_there(self.target_folder / "config.json") if self.target_folder else {}
 
 
 def read_run(folder: Path) -> RunDirectory:
@@ -183,7 +190,7 @@ def read_run(folder: Path) -> RunDirectory:
             results += [{**run, "draft": draft} for run in content["runs"]]
             samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
             parameters[draft] = content["parameters"]
-    record = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = _read_if_there(folder / "run.json")
     return RunDirectory(folder, recipe, record, stages, results, samples, checkpoints, while_learning, parameters)
 
 
@@ -211,10 +218,13 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not JSON ({error}): delete it and run the recipe again") from error
 
 
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return _read_json(file) if file.is_file() else {}
+
+
 def _read_stage(folder: Path, planned: dict[str, Any], answers: set[str]) -> Stage:
     name = planned["name"]
-    file = folder / name / "stage.json"
-    done = _read_json(file) if file.is_file() else {}
+    done = _read_if_there(folder / name / "stage.json")
     data = planned.get("data") or ()
     return Stage(
         on_answers=not answers.isdisjoint([data] if isinstance(data, str) else data),
@@ -225,6 +235,8 @@ def _read_stage(folder: Path, planned: dict[str, Any], answers: set[str]) -> Sta
         summary=done.get("summary") or {},
         seconds=done.get("seconds"),
         metrics=read_lines(folder / name / "metrics.jsonl"),
+        manifest=_read_if_there(folder / name / "manifest.json"),
+        account=_read_if_there(folder / name / "answers.json"),
     )
 
 

@@ -219,6 +219,31 @@ def draw_positions(file: str, rows: Sequence[Mapping[str, Any]], known: Mapping[
     return _picture(file, f"Acceptance by position, {title}", draw)
 
 
+def draw_answer_lengths(file: str, name: str, lengths: Mapping[str, Mapping[str, Any]]) -> Picture:
+    """How long a Generate stage's answers are: the share of each length, a line per temperature.
+
+    ``lengths`` are those of ``answers.json``; within one of its bins, lengths have equal shares.
+    """
+
+    def draw(figure: Any) -> None:
+        from matplotlib.ticker import PercentFormatter
+
+        axes = figure.subplots()
+        for i, (temperature, spread) in enumerate(lengths.items()):
+            counts, width = np.array(spread["histogram"]["counts"]), spread["histogram"]["width"]
+            edges, label = np.arange(len(counts) + 1) * width, decoding({"temperature": float(temperature)})
+            colour = _DISTILLED[i % len(_DISTILLED)]
+            axes.stairs(counts / (counts.sum() * width), edges, color=colour, linewidth=1.6, label=label)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens of an answer")
+        axes.set_ylabel("answers of this length")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_title(name)
+        _legend(figure, axes)
+
+    return _picture(file, f"Lengths of the answers of {name}, by temperature", draw)
+
+
 def draw_comparison(file: str, rows: Sequence[Mapping[str, Any]], title: str) -> Picture:
     """Block efficiency of groups of drafts with its 95% interval, a line each from the top; colours say what they
     learned from."""

@@ -17,8 +17,27 @@ from jaxdraft.decode.speculative import token_origins
 from jaxdraft.evaluate import figures
 from jaxdraft.evaluate.collect import RunDirectory, read_run
 from jaxdraft.evaluate.comparison import compare, fewer_drafts, ranked
+from jaxdraft.evaluate.dataset_report import (
+    answer_stages,
+    answer_table,
+    dataset_csvs,
+    left_out_table,
+    length_pictures,
+    length_table,
+    source_table,
+    text_stages,
+    text_table,
+)
 from jaxdraft.evaluate.figures import Look, Picture, decoding
-from jaxdraft.evaluate.tables import comparison_tables, model_table, pivot, speed_table, stage_table, write_csvs
+from jaxdraft.evaluate.tables import (
+    comparison_tables,
+    csv_tables,
+    model_table,
+    pivot,
+    speed_table,
+    stage_table,
+    write_csvs,
+)
 from jaxdraft.evaluate.verdict import Summary, number, summarise
 
 SAMPLES_PER_TASK = 2
@@ -42,6 +61,7 @@ def write_report(workdir: Path) -> Path:
     few = fewer_drafts(run, summary.baseline)
     known = figures.looks(few.stages)
     pictures = {
+        "answer_lengths": length_pictures(run.stages),
         "losses": _loss_pictures(few, known),
         "comparison": _comparison_pictures(comparison),
         "block_efficiency": _bar_pictures(few, known, "block_efficiency", "block efficiency\n(tokens per target run)"),
@@ -62,7 +82,7 @@ def write_report(workdir: Path) -> Path:
     partial.mkdir()
     for picture in (picture for section in pictures.values() for picture in section):
         (partial / picture.file).write_bytes(picture.png)
-    write_csvs(partial, run, comparison)
+    write_csvs(partial, csv_tables(run, comparison) | dataset_csvs(run.stages))
     (partial / "index.html").write_text(page, encoding="utf-8")
     shutil.rmtree(run.folder / "report", ignore_errors=True)
     partial.rename(run.folder / "report")
@@ -80,6 +100,12 @@ def _context(
         "stages": stage_table(few.stages),
         "drafts_left_out": len(run.stages) - len(few.stages),
         "models": model_table(run, summary.best),
+        "text": text_table(run.stages),
+        "sources": source_table(run.stages),
+        "answers": answer_table(run.stages),
+        "answer_lengths": length_table(run.stages),
+        "documents_left_out": left_out_table(text_stages(run.stages)),
+        "answers_left_out": left_out_table(answer_stages(run.stages)),
         "acceptance_low": any(stage.logged("acceptance_low") for stage in few.stages),
         "smoothed": f"{figures.SMOOTHED_FRACTION:.0%}",
         "pictures": {

@@ -14,6 +14,7 @@ from jaxdraft.evaluate.verdict import count, number
 
 _KINDS = {
     "Prepare": "Cuts text into rows of tokens",
+    "Subset": "Takes a uniform sample of rows",
     "TrainTokenizer": "Trains the tokenizer",
     "Score": "Stores the target's distribution beside rows",
     "DraftVocabulary": "Chooses the tokens that drafts may propose",
@@ -23,7 +24,7 @@ _KINDS = {
 }
 _SHOWN_ELSEWHERE = ("rows", "tokens", "steps", "parameters", "shape")
 _KEY = ("draft", "task", "temperature", "top_p", "block_size")
-_FIRST = ("group", *_KEY)
+_FIRST = ("stage", "group", *_KEY)
 _COMPARED = {
     "Acceptance rate": "acceptance_rate",
     "Block efficiency": "block_efficiency",
@@ -58,7 +59,7 @@ def stage_table(stages: Sequence[Stage]) -> Table:
         amounts = [Cell(count(facts.get(key))) for key in ("rows", "tokens", "steps")]
         purpose = Cell(_purpose(stage), _facts(stage))
         rows.append([Cell(stage.name, state), purpose, *amounts, Cell(_duration(stage.seconds))])
-    return Table(_headings("Stage", "What it does", "Rows", "Tokens", "Steps", "Time"), rows, names=2)
+    return Table(headings("Stage", "What it does", "Rows", "Tokens", "Steps", "Time"), rows, names=2)
 
 
 def _facts(stage: Stage) -> str:
@@ -72,7 +73,8 @@ def _amount(value: Any) -> str:
     return count(value) if isinstance(value, int) else number(value) if isinstance(value, float) else str(value or "–")
 
 
-def _headings(*names: str) -> list[Cell]:
+def headings(*names: str) -> list[Cell]:
+    """A table's first row."""
     return [Cell(name) for name in names]
 
 
@@ -105,7 +107,7 @@ def model_table(run: RunDirectory, draft: str | None) -> Table | None:
     rows = [[Cell(label), *(Cell(_amount(shape.get(label))) for shape in shapes.values())] for label in labels]
     if draft in run.parameters:
         rows.append([Cell("Share of the target"), Cell("100%"), Cell(f"{run.parameters[draft]['ratio']:.2%}")])
-    return Table(_headings("Model", "Target", "Draft"), rows) if rows else None
+    return Table(headings("Model", "Target", "Draft"), rows) if rows else None
 
 
 def pivot(run: RunDirectory, metric: str) -> Table:
@@ -118,7 +120,7 @@ def pivot(run: RunDirectory, metric: str) -> Table:
         names = [Cell(task, how), Cell(str(block_size))]
         rows.append(names + [_measured(row, metric, best) if row else Cell("–") for row in found])
     losses = {name: stage.loss if (stage := run.stage(name)) else "" for name in run.drafts}
-    return Table([*_headings("Task", "γ"), *(Cell(name, loss) for name, loss in losses.items())], rows)
+    return Table([*headings("Task", "γ"), *(Cell(name, loss) for name, loss in losses.items())], rows)
 
 
 def _measured(row: Mapping[str, Any], metric: str, best: float | None = None, digits: int = 2) -> Cell:
@@ -134,7 +136,7 @@ def comparison_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Table]:
 
 def _comparison_table(groups: Sequence[Sequence[dict[str, Any]]]) -> Table:
     block_sizes = sorted({row["block_size"] for group in groups for row in group})
-    columns = [*_headings("Drafts", "Learned from", "Seeds")]
+    columns = [*headings("Drafts", "Learned from", "Seeds")]
     lines = [[Cell(row["group"], row["loss"]), Cell(row["data"]), Cell(str(row["seeds"]))] for row, *_ in groups]
     for block_size, (name, metric) in itertools.product(block_sizes, _COMPARED.items()):
         columns.append(Cell(name, f"γ = {block_size}"))
@@ -162,7 +164,7 @@ def speed_table(run: RunDirectory, draft: str | None) -> Table:
         for row in run.results
         if row["draft"] == draft
     ]
-    return Table(_headings("Task", "γ", *columns), rows)
+    return Table(headings("Task", "γ", *columns), rows)
 
 
 def _duration(seconds: float | None) -> str:
@@ -172,9 +174,8 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def write_csvs(folder: Path, run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> None:
-    """results, acceptance_by_position, checkpoints, while_learning, stages and comparison as CSV files, at full
-    precision; none for what there is nothing of."""
+def csv_tables(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """results, acceptance_by_position, checkpoints, while_learning, stages and comparison, for ``write_csvs``."""
     results = [{key: row[key] for key in row if key != "acceptance_by_position"} for row in run.results]
     positions = [
         {**{key: row.get(key) for key in _KEY}, "position": i, "accepted": share}
@@ -185,7 +186,7 @@ def write_csvs(folder: Path, run: RunDirectory, comparison: Sequence[Mapping[str
         {"name": stage.name, "kind": stage.kind, "status": stage.status, "seconds": stage.seconds, **stage.summary}
         for stage in run.stages
     ]
-    tables: dict[str, Sequence[Mapping[str, Any]]] = {
+    return {
         "results": results,
         "acceptance_by_position": positions,
         "comparison": comparison,
@@ -193,6 +194,10 @@ def write_csvs(folder: Path, run: RunDirectory, comparison: Sequence[Mapping[str
         "while_learning": run.while_learning,
         "stages": stages,
     }
+
+
+def write_csvs(folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Tables as CSV files of their names, at full precision; none for what there is nothing of."""
     for name, rows in tables.items():
         if rows:
             _write_csv(folder / f"{name}.csv", rows)

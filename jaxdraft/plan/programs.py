@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdraft.decode.blocks import WrittenInBlocks, write_in_blocks
 from jaxdraft.decode.generate import Written, prefill, write
 from jaxdraft.decode.sampling import Draws, Sampling
 from jaxdraft.decode.score import score_rows
-from jaxdraft.decode.speculative import WrittenInBlocks, write_in_blocks
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding, init_params
 from jaxdraft.models.decoder import model_shardings
 from jaxdraft.plan.shapes import PlannedContext
@@ -69,7 +69,7 @@ def programs(context: PlannedContext, stage: Stage, plan: StagePlan, devices: Se
         yield _scores(context, stage.name, stage.keep_logits, row_length(context, stage.data), context.mesh_on(devices))
     elif isinstance(stage, Generate):
         mesh = context.decode_mesh_on(context.mesh_on(devices))
-        prompt = max(prompts_of(source).tokens for source in stage.prompts)
+        prompt = max(prompts_of(source, context.recipe).tokens for source in stage.prompts)
         for writer in stage.writers:
             config = context.target_shape if writer == TARGET else _draft(context, writer)
             batch = Decoding(stage.batch_size, prompt, stage.max_new_tokens, mesh.shape["data"], mesh.shape["tensor"])
@@ -81,7 +81,7 @@ def programs(context: PlannedContext, stage: Stage, plan: StagePlan, devices: Se
         mesh = context.decode_mesh_on(context.mesh_on(devices))
         drafts = {name: _draft(context, name) for name in stage.drafts}
         name, draft = max(drafts.items(), key=lambda item: item[1].num_parameters)
-        prompt = max(prompts_of(task.prompts).tokens for task in stage.tasks)
+        prompt = max(prompts_of(task.prompts, context.recipe).tokens for task in stage.tasks)
         new, sampled = max(t.max_new_tokens for t in stage.tasks), any(t.temperature for t in stage.tasks)
         batch = Decoding(stage.batch_size, prompt, new, mesh.shape["data"], mesh.shape["tensor"])
         yield _prefill(stage.name, "the target reads prompts", context.target_shape, batch, mesh)
@@ -196,6 +196,7 @@ def _writes(stage: str, name: str, config: ModelConfig, batch: Decoding, mesh: M
             end_B=count,
             cache=_cache(decoder, params, rows, batch.slots, mesh),
             finite_B=_rows(mesh, (rows,), bool),
+            steps_B=count,
         )
         eos_E = np.asarray(config.eos_ids, np.int32)
         return write.lower(decoder, params, state, eos_E=eos_E, sampling=sampling, draws=draws)

@@ -52,6 +52,8 @@ class PlannedContext(Context):
             return stage.model
         if self.recipe.tokenizer is None:
             return dataclasses.replace(stage.model, vocab_size=self.target_shape.vocab_size)
+        if isinstance(self.recipe.tokenizer, HFModel):
+            return dataclasses.replace(stage.model, vocab_size=self.tokenizer.vocab_size)
         tokenizer = self.recipe.stage(self.recipe.tokenizer)
         assert isinstance(tokenizer, TrainTokenizer)
         return dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size)

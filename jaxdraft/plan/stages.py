@@ -15,7 +15,20 @@ from jaxdraft.plan import flops
 from jaxdraft.plan.hardware import Hardware
 from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.work import WEIGHT, Decoding, Phase, decode_layout, expected_block, prompts_of
-from jaxdraft.recipe import TARGET, DraftVocabulary, Evaluate, Export, Generate, Prepare, Score, Stage, TopK, Train
+from jaxdraft.recipe import (
+    TARGET,
+    DraftVocabulary,
+    Evaluate,
+    Export,
+    Generate,
+    Prepare,
+    Recipe,
+    Score,
+    Stage,
+    Subset,
+    TopK,
+    Train,
+)
 
 _JSON = 12  # bytes of a token in the responses' JSONL: its id, its text, and the commas
 _STATE = 12  # bytes of a parameter in a checkpoint: float32, with two moments
@@ -74,9 +87,7 @@ def row_bytes(vocabulary: int, keep: TopK | None) -> int:
 
 def row_length(context: PlannedContext, name: str) -> int:
     """Tokens of the rows that a stage makes."""
-    stage = context.recipe.stage(name)
-    if isinstance(stage, Score):
-        return row_length(context, stage.data)
+    stage = context.recipe.origin(name)
     assert isinstance(stage, Prepare | Generate)
     return stage.length
 
@@ -121,9 +132,14 @@ class _Planner:
             Evaluate: self._evaluate,
         }
         if isinstance(stage, Prepare):
-            plan.tokens = self._drawn(stage.name)
+            plan.tokens = self._drawn(stage.name) if stage.tokens is None else stage.tokens
             plan.storage = {"rows": plan.tokens * row_bytes(self.vocabulary, None)}
-            plan.notes.append("as much text as is trained on, once: with less it is read again")
+            if stage.tokens is None:
+                plan.notes.append("as much text as is trained on, once: with less it is read again")
+        elif isinstance(stage, Subset):
+            plan.tokens = stage.tokens
+            keep = getattr(self.recipe.stage(stage.data), "keep_logits", None)
+            plan.storage = {"rows": plan.tokens * row_bytes(self.vocabulary, keep)}
         elif isinstance(stage, Export):
             trained = self.recipe.stage(stage.draft)
             assert isinstance(trained, Train)
@@ -144,8 +160,8 @@ class _Planner:
             if isinstance(stage, Train) and name in stage.shares:
                 share = stage.shares[name]
                 reads = max(reads, stage.steps * stage.batch_size * share * row_length(self.context, name))
-            elif isinstance(stage, Score) and stage.data == name:
-                reads = max(reads, self._drawn(stage.name))
+            elif isinstance(stage, Score | Subset) and stage.data == name:
+                reads = max(reads, self._drawn(stage.name) if isinstance(stage, Score) else stage.tokens)
         return reads
 
     def _rows(self, name: str) -> float | None:
@@ -153,8 +169,10 @@ class _Planner:
         stage = self.recipe.stage(name)
         if isinstance(stage, Score):
             return self._rows(stage.data)
+        if isinstance(stage, Prepare | Subset) and stage.tokens is not None:
+            return stage.tokens
         if isinstance(stage, Generate):
-            amount = _answers(stage)
+            amount = _answers(stage, self.recipe)
             return None if amount is None else sum(n * (tokens + stage.max_new_tokens) for n, tokens in amount)
         return self._drawn(name)
 
@@ -173,7 +191,7 @@ class _Planner:
         plan.phases = [Phase("updates", stage.steps, work, self._train_bytes(stage, config, live, length))]
         for name, share in stage.shares.items():
             rows = self._rows(name)
-            if rows and not isinstance(self.recipe.stage(name), Prepare):
+            if rows and getattr(self.recipe.stage(name), "tokens", True) is not None:
                 plan.notes.append(f"reads {name} {plan.tokens * share / rows:.2g} times")
 
     def _train_bytes(self, stage: Train, config: ModelConfig, live: bool, length: int) -> float:
@@ -186,8 +204,8 @@ class _Planner:
 
     def _generate(self, stage: Generate, plan: StagePlan) -> None:
         plan.parameters = self.target.num_parameters if stage.uses_target else None
-        plan.notes += [note for source in stage.prompts for note in prompts_of(source).notes]
-        amount = _answers(stage)
+        plan.notes += [note for source in stage.prompts for note in prompts_of(source, self.recipe).notes]
+        amount = _answers(stage, self.recipe)
         if amount is None:
             return
         plan.tokens = self._rows(stage.name)
@@ -222,7 +240,7 @@ class _Planner:
     def _evaluate(self, stage: Evaluate, plan: StagePlan) -> None:
         plan.parameters, plan.tokens = self.target.num_parameters, 0.0
         for task in stage.tasks:
-            count, tokens, notes = prompts_of(task.prompts)
+            count, tokens, notes = prompts_of(task.prompts, self.recipe)
             plan.notes += [f"{task.name}: {note}" for note in notes]
             if count is None:
                 continue
@@ -276,9 +294,9 @@ class _Planner:
         return self.context.model(stage)
 
 
-def _answers(stage: Generate) -> list[tuple[int, int]] | None:
+def _answers(stage: Generate, recipe: Recipe) -> list[tuple[int, int]] | None:
     """(answers, tokens of their prompts) of each source; ``None`` where a source does not say how many it has."""
-    found = [prompts_of(source) for source in stage.prompts]
+    found = [prompts_of(source, recipe) for source in stage.prompts]
     if any(prompts.total is None for prompts in found):
         return None
     return [((prompts.total or 0) * len(stage.temperatures), prompts.tokens) for prompts in found]

@@ -3,11 +3,13 @@
 import math
 from typing import Any, NamedTuple
 
+from jaxdraft.data.magpie import Magpie
 from jaxdraft.decode.batching import bucket_length
 from jaxdraft.models import ModelConfig
 from jaxdraft.plan import flops
 from jaxdraft.plan.hardware import Hardware
 from jaxdraft.plan.shapes import PlannedContext
+from jaxdraft.recipe import Generate, Recipe, Written
 
 MFU = 0.4
 MBU = 0.6
@@ -45,8 +47,12 @@ class Prompts(NamedTuple):
     notes: list[str]
 
 
-def prompts_of(source: Any) -> Prompts:
+def prompts_of(source: Any, recipe: Recipe) -> Prompts:
     """What a source of prompts says of itself in ``limit`` and ``max_tokens`` (of ``Beginnings``, ``tokens``)."""
+    if isinstance(source, Magpie):
+        return Prompts(source.count, bucket_length(1), [])
+    if isinstance(source, Written):
+        return _written(source, recipe)
     count = getattr(source, "limit", None)
     tokens = getattr(source, "max_tokens", None) or getattr(source, "tokens", None)
     where = getattr(source, "path", type(source).__name__)
@@ -56,6 +62,15 @@ def prompts_of(source: Any) -> Prompts:
     if tokens is None:
         notes.append(f"{where}: prompts of {PROMPT_TOKENS} tokens assumed; its max_tokens would say")
     return Prompts(count, tokens or PROMPT_TOKENS, notes)
+
+
+def _written(source: Written, recipe: Recipe) -> Prompts:
+    made = recipe.stage(source.stage)
+    assert isinstance(made, Generate)
+    totals = [prompts_of(source, recipe).total for source in made.prompts]
+    total = None if None in totals else len(made.temperatures) * sum(n for n in totals if n is not None)
+    limits = [n for n in (total, source.limit) if n is not None]
+    return Prompts(min(limits, default=None), source.max_tokens or made.max_new_tokens, [])
 
 
 def expected_block(block_size: int, acceptance: float = ACCEPTANCE) -> float:

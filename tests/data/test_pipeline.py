@@ -1,13 +1,16 @@
+import itertools
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from jaxdraft.data.pipeline import Batches, pack_concatenate, pack_whole, segment_positions
+from jaxdraft.data import pipeline
+from jaxdraft.data.pipeline import Batches, encode, pack_concatenate, pack_whole, sample, segment_positions
 from jaxdraft.errors import ConfigError
 
 LENGTH = 64
+PINNED_SAMPLE = [541, 660, 662, 799, 940]  # what a seed means may not change
 
 
 class Rows:
@@ -28,9 +31,18 @@ def seen(batch) -> list[int]:
     return [int(token) for token in batch["tokens"][:, 0]]
 
 
-def test_concatenate_is_the_papers_concatenate_and_cut(documents, tokenizer):
+def packed(texts, tokenizer, length=LENGTH, counts=None, **settings):
+    """The rows of texts that come two by two."""
+    encoded = (encode(texts[i : i + 2], tokenizer) for i in range(0, len(texts), 2))
+    blocks = pack_concatenate(encoded, length, counts, **settings)
+    return [dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True)]
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 1 << 18])
+def test_concatenate_is_the_papers_concatenate_and_cut(documents, tokenizer, at_once, monkeypatch):
+    monkeypatch.setattr(pipeline, "_BLOCK_TOKENS", at_once)
     counts: Counter[str] = Counter()
-    rows = list(pack_concatenate(iter(documents), tokenizer, LENGTH, counts))
+    rows = packed(documents, tokenizer, counts=counts)
     stream = [token for text in documents for token in [*tokenizer.encode(text), tokenizer.eos_id]]
     kept = len(stream) // LENGTH * LENGTH
     assert np.concatenate([row["tokens"] for row in rows]).tolist() == stream[:kept]
@@ -46,9 +58,52 @@ def test_concatenate_is_the_papers_concatenate_and_cut(documents, tokenizer):
 def test_concatenate_of_exactly_full_rows_drops_nothing(tokenizer):
     counts: Counter[str] = Counter()
     tokens = len(tokenizer.encode("abc = 1\n")) + 1
-    rows = list(pack_concatenate(["abc = 1\n"] * 6, tokenizer, 2 * tokens, counts))
+    rows = packed(["abc = 1\n"] * 6, tokenizer, 2 * tokens, counts)
     assert (len(rows), counts["dropped_tokens"]) == (3, 0)
-    assert list(pack_concatenate(["x"], tokenizer, 100, counts)) == []
+    assert packed(["x"], tokenizer, 100, counts) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 18])
+def test_concatenate_stops_at_so_many_rows(documents, tokenizer, at_once, monkeypatch):
+    monkeypatch.setattr(pipeline, "_BLOCK_TOKENS", at_once)
+    whole = packed(documents, tokenizer)
+    ends = np.cumsum([len(tokenizer.encode(text)) + 1 for text in documents])
+    for count in (1, 7, len(whole) - 1, len(whole), len(whole) + 1):
+        counts: Counter[str] = Counter()
+        rows = packed(documents, tokenizer, counts=counts, rows=count)
+        assert len(rows) == min(count, len(whole))
+        assert all((a[key] == b[key]).all() for a, b in zip(rows, whole, strict=False) for key in a)
+        if count <= len(whole):
+            begun = int(np.searchsorted(ends, count * LENGTH)) + 1
+            assert counts == {"documents": begun, "tokens": count * LENGTH, "dropped_tokens": 0}
+
+
+def test_without_segments_a_row_is_one_text(documents, tokenizer):
+    apart, joined = packed(documents, tokenizer), packed(documents, tokenizer, segments=False)
+    assert any(row["segment_ids"].max() > 1 for row in apart)
+    for a, b in zip(apart, joined, strict=True):
+        assert (a["tokens"] == b["tokens"]).all()
+        assert (b["segment_ids"] == 1).all()
+        assert b["loss_mask"].tolist() == [0, *[1] * (LENGTH - 1)]
+
+
+def test_samples_nest_and_do_not_repeat():
+    samples = {size: sample(1000, size, 3, "text").tolist() for size in (1, 10, 50, 100, 500, 1000)}
+    for smaller, larger in itertools.pairwise(samples.values()):
+        assert set(smaller) < set(larger)
+    assert samples[1000] == list(range(1000))
+    assert all(found == sorted(found) and len(found) == size for size, found in samples.items())
+    assert samples[50] != sample(1000, 50, 4, "text").tolist()
+    assert samples[50] != sample(1000, 50, 3, "code").tolist()
+    assert sample(1000, 5, 0, "text").tolist() == PINNED_SAMPLE
+
+
+def test_samples_are_uniform():
+    hits = np.zeros(100, int)
+    for seed in range(2000):
+        hits[sample(100, 10, seed, "text")] += 1
+    chi_square = ((hits - 200) ** 2 / (200 * 0.9)).sum()
+    assert 60 < chi_square < 150  # 99 degrees of freedom
 
 
 def test_whole_examples_stay_whole():

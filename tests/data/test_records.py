@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxdraft.data.pipeline import Batches, pack_concatenate
+from jaxdraft.data.pipeline import Batches, encode, pack_concatenate
 from jaxdraft.data.records import PackedRows, columns, write_rows
 from jaxdraft.errors import ConfigError
 
@@ -31,9 +31,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("vocab_size, dtype", [(512, "<u2"), (65536, "<u2"), (128256, "<u4")])
 def test_rows_come_back_equal(documents, tokenizer, tmp_path, vocab_size, dtype):
     counts: Counter[str] = Counter()
-    rows = list(pack_concatenate(documents, tokenizer, LENGTH))
-    packed = pack_concatenate(documents, tokenizer, LENGTH, counts)
-    manifest = write(tmp_path, packed, vocab_size=vocab_size, counts=counts, shard_rows=1000)
+    blocks = pack_concatenate([encode(documents, tokenizer)], LENGTH, counts)
+    rows = [dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True)]
+    manifest = write(tmp_path, rows, vocab_size=vocab_size, counts=counts, shard_rows=1000)
     stored = PackedRows(tmp_path)
     assert len(stored) == len(rows) == manifest["rows"] > 1001
     assert stored.length == LENGTH

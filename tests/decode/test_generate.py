@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.decode import generate, generate_batches, step_latency
-from jaxdraft.decode.generate import prefill, write
+from jaxdraft.decode.generate import start, write
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, for_decoding
 from jaxdraft.models.hf import load_model
@@ -82,7 +82,7 @@ def test_batches_come_one_by_one_with_times(tiny, prompts):
 
 def test_one_compilation_per_bucket(tiny, prompts):
     def compiled():
-        return write._cache_size(), prefill._cache_size()
+        return write._cache_size(), start._cache_size()
 
     written(tiny, prompts)
     before = compiled()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from jaxdraft.decode import generate_batches, speculative, speculative_batches
+from jaxdraft.decode import blocks, generate_batches, speculative_batches
 from jaxdraft.models import Decoder, ModelConfig, for_decoding
 
 V, NEW, DRAWS, ROWS = 4, 3, 200_000, 50_000
@@ -77,7 +77,7 @@ def test_a_draft_that_knows_only_some_tokens_leaves_the_law_as_it_is(models, law
     assert pvalue(speculate((target, target_params, narrow, draft_params)), law) > 1e-6
 
 
-verify, probabilities, prefill = speculative.verify, speculative.probabilities, speculative.prefill
+verify, probabilities, prefill = blocks.verify, blocks.probabilities, blocks.prefill
 
 
 def swapped(drafts, p, q, u):
@@ -106,8 +106,8 @@ MISTAKES = {
     "residual skipped": {"verify": no_residual},
     "bonus from the draft": {"verify": bonus_from_draft},
     "target before top-p": {"probabilities": target_without_top_p},
-    "one key to propose and to accept": {"ACCEPT": speculative.PROPOSE},
-    "one key to propose and to replace": {"REPLACE": speculative.PROPOSE},
+    "one key to propose and to accept": {"ACCEPT": blocks.PROPOSE},
+    "one key to propose and to replace": {"REPLACE": blocks.PROPOSE},
     "cache off by one": {
         "prefill": lambda decoder, params, tokens, n, end, size: prefill(decoder, params, tokens, n - 1, end, size)
     },
@@ -120,9 +120,7 @@ QUICK = ("cache off by one",)
 @pytest.mark.parametrize("mistake", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MISTAKES])
 def test_the_same_test_fails_for(mistake, models, law, monkeypatch):
     for name, wrong in MISTAKES[mistake].items():
-        monkeypatch.setattr(speculative, name, wrong)
-    config = models[0].config
-    if MISTAKES[mistake].keys() & {"verify", "probabilities"}:
-        # Another config is another static argument: the mistake is traced, and no other test meets its program.
-        config = dataclasses.replace(config, max_positions=100 + list(MISTAKES).index(mistake))
+        monkeypatch.setattr(blocks, name, wrong)
+    # Another config is another static argument: the mistake is traced, and no other test meets its program.
+    config = dataclasses.replace(models[0].config, max_positions=100 + list(MISTAKES).index(mistake))
     assert pvalue(speculate((Decoder(config, scan=False), *models[1:])), law) < 1e-6

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.decode import generate, speculative_batches, speculative_generate, token_origins
-from jaxdraft.decode.speculative import WrittenInBlocks, write_in_blocks
+from jaxdraft.decode.blocks import WrittenInBlocks, write_in_blocks
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, init_cache
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdraft.decode.speculative import verify, verify_greedy
+from jaxdraft.decode.rules import verify, verify_equal
 
 V, G = 4, 3
 DRAFTS = np.asarray(list(itertools.product(range(V), repeat=G)))
@@ -137,7 +137,7 @@ def test_greedy_rule_is_the_rule_for_one_hot_laws():
     best[:100, :G] = np.where(rng.random((100, G)) < 0.7, drafts[:100], best[:100, :G])
     hot = jnp.eye(V)
     accepted, following = verify(jnp.asarray(drafts), hot[drafts], hot[best], jnp.asarray(rng.random((200, G))))
-    got, token = verify_greedy(jnp.asarray(drafts), jnp.asarray(best))
+    got, token = verify_equal(jnp.asarray(drafts), jnp.asarray(best))
     assert set(np.asarray(got)) == set(range(G + 1))
     np.testing.assert_array_equal(got, accepted)
     np.testing.assert_array_equal(hot[token], following)

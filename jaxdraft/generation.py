@@ -1,0 +1,249 @@
+"""The Generate stage: questions -> answers in shards -> packed rows.
+
+Where the model fits into each process's own devices, every process writes shards of its own; where it does not, all of
+them write the same ones together. What an answer is depends on neither.
+"""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxdraft import answers
+from jaxdraft.answers import ACCOUNT, Shard
+from jaxdraft.context import Context
+from jaxdraft.data.conversations import prompt_mask
+from jaxdraft.data.pipeline import pack_whole
+from jaxdraft.data.prompts import Prompt
+from jaxdraft.data.quarantine import Quarantine
+from jaxdraft.data_stages import Outputs, write_packed
+from jaxdraft.decode import Request, Usage, stream
+from jaxdraft.distributed import is_lead, on_lead, together
+from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.measure import Model
+from jaxdraft.models import compute_dtype
+from jaxdraft.questions import Question, ask
+from jaxdraft.recipe import TARGET, Generate
+from jaxdraft.server import Question as Sent
+from jaxdraft.server import Reply
+from jaxdraft.server import ask as ask_server
+from jaxdraft.settings import to_json
+from jaxdraft.stored_targets import check_space, scored, target_logits
+from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.tracking import progress_bar, say, write_json
+
+QUARANTINE = "quarantine.jsonl"
+
+Place = tuple[int, int]  # a question's shard among those at hand, and its line there
+
+
+def run_generate(stage: Generate, context: Context) -> Outputs:
+    folder, quarantine = context.folder(stage.name), Quarantine()
+    questions = together(lambda: ask(stage, context, quarantine))
+    stored = stage.keep_logits and target_logits(stage.name, stage.keep_logits, context)
+    if stored:
+        tokens = sum(len(question.prompt.tokens) + question.max_new_tokens for question in questions)
+        on_lead(lambda: check_space(stage.name, tokens, stored, context, packed=False))
+    shards = answers.cut(questions, stage.shard_size, folder)
+    writing = _Writing(
+        stage,
+        context,
+        longest=max(question.max_new_tokens for question in questions),
+        is_sampled=any(question.temperature > 0 for question in questions),
+    )
+    usage = _write_missing(writing, shards)
+    if is_lead():
+        context.home.fetch(stage.name)  # what other processes wrote
+        account = answers.account(shards, quarantine.counts, _generator(stage, context))
+        _check(stage.name, account)
+        write_json(folder / ACCOUNT, account)
+        quarantine.write(folder / QUARANTINE)
+
+    counts: collections.Counter[str] = collections.Counter()
+    eos_ids = context.draft_config().eos_ids
+    labels = lambda question: _prompt_labels(stage.labels, question.prompt, context.tokenizer, eos_ids)
+    packed = pack_whole(answers.examples(shards, labels) if is_lead() else (), stage.length, counts)
+    rows = scored(stage.name, packed, stored, context) if stored else packed
+    if not is_lead():
+        collections.deque(rows, maxlen=0)  # takes part in the scoring, and writes nothing
+        return [], {}
+    files, summary = write_packed(stage.name, rows, stage.length, _source(stage, context), counts, context, stored)
+    made = [*(shard.path for shard in shards), folder / ACCOUNT, *files]
+    return made + [path for path in (folder / QUARANTINE,) if path.exists()], {**_facts(account, usage), **summary}
+
+
+class _Writing(NamedTuple):
+    """What all shards of a stage have in common: ``longest`` is how many tokens an answer may have at most."""
+
+    stage: Generate
+    context: Context
+    longest: int
+    is_sampled: bool
+
+
+def _write_missing(writing: _Writing, shards: Sequence[Shard]) -> Usage:
+    """Writes the shards that are not there yet, this process its part of them."""
+    stage, context = writing.stage, writing.context
+    generator = _generator(stage, context)
+    todo = [shards[i] for i in on_lead(lambda: answers.missing(shards, generator, say))]
+    mesh, alone = context.decode_mesh, True
+    if jax.process_count() > 1:
+        own = context.own_decode_mesh
+        mesh, alone = own or mesh, own is not None or stage.server is not None
+        todo = todo[jax.process_index() :: jax.process_count()] if alone else todo
+    usage = Usage()
+
+    def write() -> None:
+        with progress_bar(sum(len(shard.questions) for shard in todo), stage.name, "answer") as bar:
+            for shard, lines in _whole_shards(writing, todo, mesh, usage, bar.update):
+                if alone or is_lead():
+                    files = answers.commit(shard, lines, generator)
+                    context.home.keep_own(*files)
+
+    together(write)
+    return usage
+
+
+def _whole_shards(
+    writing: _Writing, shards: Sequence[Shard], mesh: Mesh, usage: Usage, advance: Callable[[int], Any]
+) -> Iterator[tuple[Shard, list[dict[str, Any]]]]:
+    """Each shard with its lines as soon as it is whole."""
+    for writer, group in itertools.groupby(shards, key=lambda shard: shard.writer):
+        members = list(group)
+        found: dict[int, dict[int, dict[str, Any]]] = {i: {} for i in range(len(members))}
+        asked = {
+            (i, place): question for i, shard in enumerate(members) for place, question in enumerate(shard.questions)
+        }
+        for (i, place), line in _lines(writing, writer, asked, mesh, usage):
+            found[i][place] = line
+            advance(1)
+            if len(found[i]) == len(members[i].questions):
+                lines = found.pop(i)
+                yield members[i], [lines[n] for n in range(len(lines))]
+
+
+def _lines(
+    writing: _Writing, writer: str, asked: Mapping[Place, Question], mesh: Mesh, usage: Usage
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The line of each question, in the order in which they are answered."""
+    stage, context = writing.stage, writing.context
+    if stage.server is not None:
+        sent = (
+            Sent(
+                key=place,
+                prompt=question.prompt,
+                temperature=question.temperature,
+                top_p=question.top_p,
+                max_new_tokens=question.max_new_tokens,
+                seed=(context.recipe.seed + question.example_id) % 2**31,
+            )
+            for place, question in asked.items()
+        )
+        for reply in ask_server(stage.server, sent, context.tokenizer, context.draft_config().eos_ids):
+            yield reply.key, _line(asked[reply.key], reply, context)
+        return
+    model = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer), mesh)
+    draft = None if stage.draft is None else Model.load(context.model_folder(stage.draft), mesh)
+    requests = (
+        Request(
+            key=place,
+            tokens=question.prompt.tokens,
+            max_new_tokens=question.max_new_tokens,
+            temperature=question.temperature,
+            top_p=question.top_p,
+            example_id=question.example_id,
+        )
+        for place, question in asked.items()
+    )
+    for finished in stream(
+        model.decoder,
+        model.params,
+        requests,
+        batch_size=stage.batch_size,
+        longest=writing.longest,
+        seed=context.recipe.seed,
+        sampled=writing.is_sampled,
+        draft=None if draft is None else (draft.decoder, draft.params),
+        block_size=stage.block_size,
+        usage=usage,
+    ):
+        place, tokens = finished.request.key, finished.tokens
+        question = asked[place]
+        finish = "eos" if tokens[-1] in model.decoder.config.eos_ids else "length"
+        text = context.tokenizer.continuation(question.prompt.tokens, tokens)
+        yield place, _line(question, Reply(place, tuple(tokens), text, finish), context)
+
+
+def _line(question: Question, reply: Reply, context: Context) -> dict[str, Any]:
+    prompt = question.prompt
+    written: dict[str, Any] = {"error": reply.error}
+    if reply.error is None:
+        written = {"finish": reply.finish, "prompt_tokens": list(prompt.tokens), "tokens": list(reply.tokens)}
+    conversation = {} if prompt.messages is None else {"messages": [dict(message) for message in prompt.messages]}
+    return {
+        "id": question.id,
+        "number": question.number,
+        "writer": question.writer,
+        "temperature": question.temperature,
+        "top_p": question.top_p,
+        "seed": context.recipe.seed,
+        **written,
+        "prompt": prompt.text,
+        **conversation,
+        "text": reply.text,
+    }
+
+
+def _prompt_labels(labels: str, prompt: Prompt, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> Sequence[int]:
+    """Which tokens of a prompt count as labels too."""
+    if labels == "assistant" and prompt.messages is not None:
+        return prompt_mask(tokenizer, prompt.messages, eos_ids=eos_ids)
+    return [int(labels == "all")] * len(prompt.tokens)
+
+
+def _generator(stage: Generate, context: Context) -> dict[str, Any]:
+    """What a shard's bytes depend on besides its questions, and another machine might have otherwise."""
+    if stage.server is not None:
+        return {"server": to_json(stage.server)}
+    rounding = {} if compute_dtype().itemsize == 4 else {"batch_size": stage.batch_size}
+    return {"dtype": compute_dtype().name, **rounding}
+
+
+def _source(stage: Generate, context: Context) -> dict[str, Any]:
+    """What the manifest of the rows says of who wrote them."""
+    source: dict[str, Any] = {"target": to_json(context.recipe.target)} if stage.uses_target else {}
+    if stage.server is not None:
+        source["server"] = to_json(stage.server)
+    if stage.writer != TARGET:
+        source["writer"] = stage.writer
+    return source
+
+
+def _check(name: str, account: Mapping[str, Any]) -> None:
+    found = account["answers"]
+    if found["asked"] != found["written"] + sum(found["errors"].values()):
+        raise AssertionError(f"{name}: {found} does not add up")
+    if not found["written"]:
+        reasons = ", ".join(f"{count} times {reason}" for reason, count in found["errors"].items())
+        raise ConfigError(f"{name}: not one of {found['asked']} questions was answered: {reasons}")
+
+
+def _facts(account: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
+    """For the stage's record and the report."""
+    found, skipped = account["answers"], account["prompts"]["skipped"]
+    listed = lambda counts: ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    facts = {"answers": found["written"], "ended by EOS": f"{account['finish'].get('eos', 0) / found['written']:.0%}"}
+    if found["errors"]:
+        facts["errors"] = listed(found["errors"])
+    if skipped:
+        facts["skipped prompts"] = listed(skipped)
+    if len(account["writers"]) > 1 or TARGET not in account["writers"]:
+        facts["written by"] = ", ".join(f"{name} {count}" for name, count in account["writers"].items())
+    if account["duplicates"]:
+        facts["duplicates"] = account["duplicates"]
+    if usage.slots:
+        facts["slots busy"] = f"{usage.busy:.0%}"
+    return facts

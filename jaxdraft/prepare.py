@@ -1,0 +1,355 @@
+"""The stages that make packed rows out of text, and out of other rows.
+
+Text is cut into chunks, and those into units, at places that the text alone decides. The chunks of a unit are tokenised
+side by side and packed into a shard of its own. No unit knows of another: of several processes each makes its share,
+and rows are the same for any number of them. Beside a shard lies a record of what was read for it, with a hash of the
+text. A run that was stopped makes only units that have no record, or one of another text or other settings, or whose
+shard is damaged.
+"""
+
+import bisect
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from jaxdraft.context import Context
+from jaxdraft.data.pipeline import Encoded, encode, pack_concatenate, sample
+from jaxdraft.data.quarantine import Quarantine, Rejected
+from jaxdraft.data.records import (
+    FORMAT,
+    MANIFEST,
+    Block,
+    Format,
+    sha256,
+    shard_name,
+    write_json,
+    write_manifest,
+    write_rows,
+    write_shard,
+)
+from jaxdraft.distributed import from_all, is_lead, together
+from jaxdraft.errors import ConfigError
+from jaxdraft.recipe import Prepare, Subset
+from jaxdraft.settings import to_json
+from jaxdraft.tracking import progress_bar, say
+
+Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
+A = TypeVar("A")
+B = TypeVar("B")
+
+# Pinned: with other numbers text is cut at other places, and rows differ.
+CHUNK_CHARACTERS = 1 << 16
+UNIT_CHUNKS = 1024
+
+QUARANTINE = "quarantine.jsonl"
+TIMING = "timing.jsonl"
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents.
+
+    Attributes:
+      unit: number of the unit that it is a part of.
+      texts: the documents.
+      counts: rows rejected before the last of them, by reason.
+      rejected: those of these rows that are written down.
+    """
+
+    unit: int
+    texts: list[str]
+    counts: dict[str, int]
+    rejected: list[Rejected]
+
+    def sha256(self) -> bytes:
+        head = json.dumps([[len(text) for text in self.texts], self.counts, self.rejected])
+        return hashlib.sha256("".join([head, *self.texts]).encode()).digest()
+
+
+def chunks(sources: Sequence[Any]) -> Iterator[Chunk]:
+    """All documents of the sources, in their order.
+
+    Raises:
+      ConfigError: as the sources do, or nothing that they hold fits.
+    """
+    quarantine = Quarantine()
+    numbers = itertools.count()
+    texts: list[str] = []
+    before, written = collections.Counter[str](), 0
+
+    def chunk() -> Chunk:
+        counts, rejected = quarantine.counts - before, quarantine.rows[written:]
+        return Chunk(next(numbers) // UNIT_CHUNKS, texts, dict(counts), rejected)
+
+    size = 0
+    for text in quarantine.accepted(itertools.chain.from_iterable(source.documents() for source in sources)):
+        texts.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk()
+            texts, size = [], 0
+            before, written = quarantine.counts.copy(), len(quarantine.rows)
+    if texts or quarantine.counts != before:
+        yield chunk()
+
+
+def in_order(pool: concurrent.futures.Executor, work: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
+    """``map``, with ``ahead`` items given to the pool before a result is waited for."""
+    running: collections.deque[concurrent.futures.Future[B]] = collections.deque()
+    for item in items:
+        running.append(pool.submit(work, item))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+class _Units:
+    """The units of a stage, of which this process makes its share.
+
+    Attributes:
+      left: rows that are still wanted.
+      count: units that rows were taken from.
+      tokens: that this process has made; those of units that were there before do not count.
+    """
+
+    def __init__(self, stage: Prepare, context: Context, advance: Callable[[int], Any]):
+        self.left = sys.maxsize if stage.tokens is None else int(stage.tokens) // stage.length
+        self.count = self.tokens = 0
+        self.format = Format(stage.length, context.tokenizer.vocab_size)
+        self._tokenizer, self._segments, self._advance = context.tokenizer, stage.segments, advance
+        self._settings = json.dumps([FORMAT, stage.length, stage.segments, self._tokenizer.fingerprint()]).encode()
+        self._folder, self._keep = context.folder(stage.name), context.home.keep_own
+        self._workers = stage.workers or os.cpu_count() or 1
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._workers)
+        self._writer = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._text: Iterable[Chunk] = ()  # of this process's latest unit, once more
+        self._number = -1
+
+    def __enter__(self) -> "_Units":
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+
+    def make(self, text: Iterable[Chunk]) -> Iterator[tuple[int, int]]:
+        """Makes the units in turns, one for each process, until there are rows enough or the text ends.
+
+        Yields:
+          after every turn the rows taken and the tokens made by all processes.
+        """
+        units = itertools.groupby(text, lambda chunk: chunk.unit)
+        ended = False
+        while self.left > 0 and not ended:
+            before, rows = self.tokens, together(lambda: self._next(units))
+            turn = from_all(rows, self.tokens - before)
+            together(functools.partial(self._cut, turn))
+            taken = 0
+            for rows, _ in turn:
+                ended = ended or rows < 0
+                if not ended and taken < self.left:
+                    self.count += 1
+                    taken = min(taken + rows, self.left)
+            self.left -= taken
+            yield taken, sum(tokens for _, tokens in turn)
+        together(self._wait)
+
+    def record(self, number: int) -> Path:
+        """The file that says what a unit was made of."""
+        return (self._folder / shard_name(number)).with_suffix(".json")
+
+    def _next(self, units: Iterator[tuple[int, Iterator[Chunk]]]) -> int:
+        """Rows of this process's next unit; -1 where there is none."""
+        for number, unit in units:
+            if number % jax.process_count() == jax.process_index():
+                text, self._text = itertools.tee(unit)
+                self._number = number
+                if self.record(number).exists():
+                    held = list(text)
+                    found = self._found(number, held)
+                    return self._make(number, held, self.left) if found is None else found
+                return self._make(number, text, self.left)
+        return -1
+
+    def _cut(self, turn: list[tuple[int, ...]]) -> None:
+        """Only now a process knows how many rows of the turn come before its own."""
+        *earlier, (rows, _) = turn[: jax.process_index() + 1]
+        wanted = self.left - sum(max(rows, 0) for rows, _ in earlier)
+        if 0 < wanted < rows:
+            self._make(self._number, self._text, wanted)
+
+    def _found(self, number: int, text: Sequence[Chunk]) -> int | None:
+        """Rows of a unit that was made before, if they are of this text and whole."""
+        try:
+            record = json.loads(self.record(number).read_text("utf-8"))
+            if record["text"] != self._hash(chunk.sha256() for chunk in text):
+                return None
+            shard, tokens = record["shard"], record["counts"]["tokens"]
+        except (ValueError, LookupError, TypeError):  # damaged
+            return None
+        if shard is None:
+            return 0
+        path = self._folder / shard["file"]
+        if not path.is_file() or sha256(path) != shard["sha256"]:
+            say(f"    {path} is damaged: it is made anew")
+            return None
+        self._advance(tokens)
+        return shard["rows"] if shard["rows"] <= self.left else None
+
+    def _make(self, number: int, text: Iterable[Chunk], rows: int) -> int:
+        """Tokenises, packs and begins to write a unit, at most so many rows; returns how many it has."""
+        counts, sizes, hashes, rejected = collections.Counter[str](), [0], [], []
+
+        def encoded() -> Iterator[Encoded]:
+            for chunk, part, hashed in in_order(self._pool, self._encode, text, 2 * self._workers):
+                sizes.append(sizes[-1] + len(part.tokens))
+                hashes.append(hashed)
+                rejected.append((chunk.counts, chunk.rejected))
+                self._advance(len(part.tokens))
+                yield part
+
+        blocks = list(pack_concatenate(encoded(), self.format.length, counts, segments=self._segments, rows=rows))
+        made = sum(len(block["tokens"]) for block in blocks)
+        if made == rows:  # what was read beyond them does not count
+            del rejected[bisect.bisect_left(sizes, made * self.format.length) :]
+        self.tokens += counts["tokens"]
+        record = {
+            "text": None if made == rows else self._hash(hashes),
+            "counts": counts,
+            "quarantined": sum((collections.Counter(counts) for counts, _ in rejected), collections.Counter()),
+            "rejected": [row for _, rows in rejected for row in rows],
+        }
+        self._wait()
+        self._writing = self._writer.submit(self._write, number, blocks, record)
+        return made
+
+    def _encode(self, chunk: Chunk) -> tuple[Chunk, Encoded, bytes]:
+        return chunk, encode(chunk.texts, self._tokenizer), chunk.sha256()
+
+    def _hash(self, texts: Iterable[bytes]) -> str:
+        return hashlib.sha256(b"".join([self._settings, *texts])).hexdigest()
+
+    def _write(self, number: int, blocks: Sequence[Block], record: dict[str, Any]) -> None:
+        if blocks:
+            path = self._folder / shard_name(number)
+            record = {"shard": write_shard(path, blocks, self.format), **record}
+            self._keep(path)
+        write_json(self.record(number), {"shard": None, **record})
+        self._keep(self.record(number))
+
+    def _wait(self) -> None:
+        if self._writing:
+            self._writing.result()
+
+
+def run_prepare(stage: Prepare, context: Context) -> Outputs:
+    folder = context.folder(stage.name)
+    together(lambda: context.home.fetch(stage.name))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = tokens = 0
+    began = turn = time.perf_counter()
+    with progress_bar(int(stage.tokens or 0), stage.name, "token" if stage.tokens else "document") as bar:
+
+        def text() -> Iterator[Chunk]:
+            for chunk in chunks(stage.sources):
+                if stage.tokens is None:
+                    bar.update(len(chunk.texts))
+                yield chunk
+
+        with _Units(stage, context, bar.update if stage.tokens else lambda tokens: None) as units:
+            for taken, made in units.make(text()):
+                rows, tokens = rows + taken, tokens + made
+                if stage.tokens:
+                    bar.update(rows * stage.length - bar.n)
+                turn, seconds = time.perf_counter(), time.perf_counter() - turn
+                if is_lead():
+                    with (folder / TIMING).open("a") as file:
+                        file.write(json.dumps({"units": units.count, "tokens": made, **_rate(made, seconds)}) + "\n")
+                    context.home.keep(folder / TIMING)
+    rate = _rate(tokens, time.perf_counter() - began)
+    if not is_lead():
+        return [], {}
+    context.home.fetch(stage.name)
+    files, facts = _merge(stage, context, units)
+    if units.left and stage.tokens:
+        facts["of the tokens asked for"] = f"{rows * stage.length / stage.tokens:.1%}"
+        say(f"    the text ends after {rows * stage.length:,} tokens of {stage.tokens:,}")
+    return files, {**facts, **({"tokens per second": round(rate["tokens_per_second"])} if tokens else {})}
+
+
+def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
+    """The data set out of the units, with all that their sources rejected."""
+    folder, counts, quarantine = context.folder(stage.name), collections.Counter[str](), Quarantine()
+    shards = []
+    for number in range(units.count):
+        record = json.loads(units.record(number).read_text("utf-8"))
+        counts.update(record["counts"])
+        quarantine.counts.update(record["quarantined"])
+        quarantine.rows += [Rejected(*row) for row in record["rejected"]]
+        shards += [record["shard"]] if record["shard"] else []
+    kept = {*(shard["file"] for shard in shards), *(units.record(number).name for number in range(units.count))}
+    for path in folder.glob("rows-*"):
+        if path.name not in kept:  # of a longer text
+            path.unlink()
+    manifest = write_manifest(
+        folder,
+        shards,
+        units.format,
+        tokenizer_fingerprint=context.tokenizer.fingerprint(),
+        source={"settings": to_json(stage.sources)},
+        counts=counts,
+        quarantined=quarantine.counts,
+    )
+    quarantine.write(folder / QUARANTINE)
+    files = [folder / MANIFEST, *(folder / shard["file"] for shard in shards), *folder.glob(QUARANTINE)]
+    facts = {"rows": manifest["rows"], **counts}
+    if quarantine.counts:
+        facts["quarantined"] = quarantine.counts.total()
+    return files, facts
+
+
+def _rate(tokens: int, seconds: float) -> dict[str, float]:
+    return {"seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def run_subset(stage: Subset, context: Context) -> Outputs:
+    folder, rows = context.folder(stage.name), context.rows(stage.data)
+    manifest, count = rows.manifest, int(stage.tokens) // rows.length
+    if not 0 < count <= len(rows):
+        raise ConfigError(
+            f"{stage.name}: tokens is {stage.tokens:,}: take at least one row of {stage.data!r}, {rows.length:,} "
+            f"tokens, and at most all, {len(rows) * rows.length:,}"
+        )
+    chosen = sample(len(rows), count, context.recipe.seed, stage.data)
+    with progress_bar(count, stage.name, "row") as bar:
+
+        def taken() -> Iterator[dict[str, np.ndarray]]:
+            for i in chosen:
+                bar.update(1)
+                yield rows[int(i)]
+
+        written = write_rows(
+            folder,
+            taken(),
+            length=rows.length,
+            vocab_size=manifest["vocab_size"],
+            tokenizer_fingerprint=manifest["tokenizer"],
+            source=manifest["source"],
+            counts={"of_rows": len(rows)},
+            target_logits=manifest.get("target_logits"),
+        )
+    files = [folder / MANIFEST, *(folder / shard["file"] for shard in written["shards"])]
+    return files, {"rows": written["rows"], "tokens": written["tokens"], **written["counts"]}

@@ -1,0 +1,175 @@
+"""What a Generate stage asks: every prompt at every temperature, with its system prompt, its limits and its writer.
+
+A question's id, and with it all that is drawn for it, depends on the prompt's id and the temperature alone; which of
+several writers and system prompts it gets, on its id and the seed.
+"""
+
+import bisect
+import collections
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxdraft.context import Context
+from jaxdraft.data.conversations import user_turn
+from jaxdraft.data.prompts import Message, Prompt, example_id
+from jaxdraft.data.quarantine import Quarantine, Rejected
+from jaxdraft.decode.batching import bucket_length
+from jaxdraft.errors import ConfigError
+from jaxdraft.recipe import Generate, Written
+from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.tracking import read_jsonl
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer to be written.
+
+    Attributes:
+      number: its place among all questions of the stage.
+      id: names the answer.
+      prompt: what is continued, its system prompt included.
+      temperature, top_p, max_new_tokens: how.
+      writer: the model that does, by its name in the recipe.
+    """
+
+    number: int
+    id: str
+    prompt: Prompt
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    writer: str
+
+    @property
+    def example_id(self) -> int:
+        return example_id(self.id)
+
+    @property
+    def bucket(self) -> int:
+        return bucket_length(len(self.prompt.tokens))
+
+
+def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Question]:
+    """All questions of a stage, in the order of its prompts; what gives none goes to the quarantine.
+
+    Raises:
+      ConfigError: two have the same id, or there are none.
+    """
+    seed, tokenizer = context.recipe.seed, context.tokenizer
+    limit = context.target_shape.max_positions
+    questions: list[Question] = []
+    for prompt in quarantine.accepted(_prompts(stage, context, limit)):
+        given = prompt.temperature
+        for temperature in stage.temperatures if given is None else (given,):
+            name = f"{prompt.id}@{temperature:g}"
+            asked = prompt
+            if stage.system_prompts:
+                system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
+                asked = with_system(tokenizer, prompt, system)
+            questions.append(
+                Question(
+                    number=len(questions),
+                    id=name,
+                    prompt=asked,
+                    temperature=temperature,
+                    top_p=prompt.top_p or stage.top_p,
+                    max_new_tokens=prompt.max_new_tokens or stage.max_new_tokens,
+                    writer=choice(f"{seed}/writer/{name}", stage.writers),
+                )
+            )
+    if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
+        raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
+    if not questions:
+        raise ConfigError(f"{stage.name}: no prompts")
+    return questions
+
+
+def choice(name: str, shares: Mapping[str, float]) -> str:
+    """One of the options with their shares, in whatever order, that belongs to a name."""
+    point = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") / 2**64 * sum(shares.values())
+    options = sorted(shares)
+    ends = list(itertools.accumulate(shares[option] for option in options))
+    return options[min(bisect.bisect(ends, point), len(options) - 1)]
+
+
+def with_system(tokenizer: Tokenizer, prompt: Prompt, system: str) -> Prompt:
+    """The prompt with a system prompt before it; unchanged where that is empty, or where it brings its own.
+
+    Raises:
+      ConfigError: the prompt is no conversation.
+    """
+    if not system:
+        return prompt
+    if prompt.messages is None:
+        raise ConfigError(f"prompt {prompt.id}: system_prompts need prompts given as messages")
+    if prompt.messages[0]["role"] == "system":
+        return prompt
+    messages = ({"role": "system", "content": system}, *prompt.messages)
+    return replace(prompt, **rendered(tokenizer, messages))
+
+
+def rendered(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> dict[str, Any]:
+    """The fields of a Prompt that follow from its messages."""
+    text = tokenizer.render(messages)
+    return {"messages": messages, "text": text, "tokens": tuple(tokenizer.encode(text, bos=False))}
+
+
+def _prompts(stage: Generate, context: Context, limit: int) -> Iterator[Prompt | Rejected]:
+    for source in stage.prompts:
+        found: Iterable[Prompt | Rejected]
+        if isinstance(source, Written):
+            found = written(source, read_answers(context, source.stage), context.tokenizer)
+        else:
+            found = source.prompts(context.tokenizer)
+        for prompt in found:
+            if isinstance(prompt, Prompt) and len(prompt.tokens) + stage.max_new_tokens > limit:
+                yield Rejected(f"prompt {prompt.id}", f"with its answer longer than the target's {limit} positions")
+            else:
+                yield prompt
+
+
+def read_answers(context: Context, stage: str) -> Iterator[dict[str, Any]]:
+    """The lines that a Generate stage wrote, in the order of its files."""
+    for path in sorted(context.folder(stage).glob("responses-*.jsonl")):
+        yield from read_jsonl(path)
+
+
+def written(source: Written, lines: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
+    """The instructions among what a model wrote from a bare user turn: whole ones, each once (Magpie, section 2.1).
+
+    A turn is whole where the model ended it, by an end token or by what the chat template puts after a user's words.
+    """
+    closing = next(iter(user_turn(tokenizer).suffix.split()), "")
+    seen: set[str] = set()
+    taken = 0
+    for line in lines:
+        if source.limit is not None and taken == source.limit:
+            return
+        where = f"{source.stage}: {line['id']}"
+        if "error" in line:
+            yield Rejected(where, "was not written")
+            continue
+        text, is_closed = line["text"], line["finish"] == "eos"
+        if closing and closing in text:
+            text, is_closed = text[: text.index(closing)], True
+        text, words = text.strip(), " ".join(text.lower().split())
+        own = tokenizer.encode(text, bos=False)
+        if not is_closed:
+            yield Rejected(where, "did not end")
+        elif not text:
+            yield Rejected(where, "empty")
+        elif tokenizer.decode(own) != tokenizer.decode(own, skip_special=False):
+            yield Rejected(where, "holds tokens of the chat template")
+        elif words in seen:
+            yield Rejected(where, "duplicate")
+        else:
+            seen.add(words)
+            prompt = Prompt(line["id"], **rendered(tokenizer, ({"role": "user", "content": text},)))
+            if source.max_tokens is not None and len(prompt.tokens) > source.max_tokens:
+                yield Rejected(where, f"more than {source.max_tokens} tokens")
+            else:
+                taken += 1
+                yield prompt

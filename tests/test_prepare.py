@@ -1,0 +1,335 @@
+"""Text to rows and rows to samples: the same bytes however many make them and however often they are stopped."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxdraft import prepare
+from jaxdraft.data.quarantine import Rejected
+from jaxdraft.data.records import PackedRows
+from jaxdraft.data.sources import Text
+from jaxdraft.data.stdlib import PythonLibrary
+from jaxdraft.errors import ConfigError
+from jaxdraft.recipe import Prepare, Subset
+from jaxdraft.run import plan_all, run
+from jaxdraft.tokenizers import load_tokenizer
+from tests.distributed import layouts
+from tests.tiny_recipe import recipe as tiny
+
+LENGTH = 64
+
+
+def recipe(*stages):
+    """The tiny recipe's tokenizer, these stages, and a target that is never trained."""
+    whole = tiny()
+    tokenizer, target = whole.stage("tokenizer"), whole.stage("target")
+    return dataclasses.replace(whole, stages=(tokenizer, *stages, dataclasses.replace(target, data=stages[0].name)))
+
+
+def corpus(path, **settings):
+    return Prepare("corpus", sources=(Text(str(path)),), length=LENGTH, **settings)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(PythonLibrary("text", limit=200).documents())
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, texts):
+    """A run directory with a tokenizer, and a file of documents beside it."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run(recipe(corpus(folder / "text.jsonl")), folder / "run", only=["tokenizer"])
+    return folder
+
+
+@pytest.fixture
+def folder(begun, tmp_path):
+    return Path(shutil.copytree(begun, tmp_path / "own"))
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Units of about 8000 characters: the file is some 20 of them."""
+    monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(prepare, "UNIT_CHUNKS", 4)
+
+
+def prepared(folder, *stages, only=None):
+    run(recipe(*stages), folder / "run", only=only or [stage.name for stage in stages])
+    return PackedRows(folder / "run" / stages[-1].name)
+
+
+def files(folder, stage="corpus"):
+    """What a stage made, but for what tells the time."""
+    place = folder / "run" / stage
+    names = sorted(path.name for path in place.iterdir() if path.name not in ("stage.json", "timing.jsonl"))
+    return {name: (place / name).read_bytes() for name in names}
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "run" / "corpus").glob("rows-*")}
+
+
+def stacked(rows):
+    return {key: np.stack([rows[i][key] for i in range(len(rows))]) for key in rows[0]}
+
+
+def test_any_number_of_workers_gives_the_same_bytes(folder, small_units):
+    found = {}
+    for workers in (1, 2, 4, None):
+        shutil.rmtree(folder / "run" / "corpus", ignore_errors=True)
+        prepared(folder, corpus(folder / "text.jsonl", workers=workers))
+        found[workers] = files(folder)
+    assert len(found[1]) > 10
+    assert found[1] == found[2] == found[4] == found[None]
+    prepared(folder, corpus(folder / "text.jsonl", workers=3))
+    assert plan_all(recipe(corpus(folder / "text.jsonl", workers=3)), folder / "run")[1].state == "done"
+
+
+def test_the_rows_are_the_texts_cut_in_each_unit(folder, small_units, texts):
+    rows = prepared(folder, corpus(folder / "text.jsonl"))
+    tokenizer = load_tokenizer(folder / "run" / "tokenizer")
+    units = itertools.groupby(prepare.chunks([Text(str(folder / "text.jsonl"))]), lambda chunk: chunk.unit)
+    expected, dropped = [], 0
+    for _, unit in units:
+        stream = [t for chunk in unit for text in chunk.texts for t in [*tokenizer.encode(text), tokenizer.eos_id]]
+        kept = len(stream) // LENGTH * LENGTH
+        expected += stream[:kept]
+        dropped += len(stream) - kept
+    assert stacked(rows)["tokens"].ravel().tolist() == expected
+    assert rows.manifest["counts"] == {
+        "documents": len(texts),
+        "tokens": len(expected) + dropped,
+        "dropped_tokens": dropped,
+    }
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(folder, small_units):
+    stage = corpus(folder / "text.jsonl")
+    prepared(folder, stage)
+    undisturbed = files(folder)
+    shutil.rmtree(folder / "run" / "corpus")
+    program = KILLED.format(recipe=repr(str(folder / "text.jsonl")), workdir=repr(str(folder / "run")))
+    made = 0
+    while made < 3:
+        killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert len(times(folder)) // 2 > made, killed.stderr
+        made = len(times(folder)) // 2
+    before = times(folder)
+    prepared(folder, stage)
+    assert files(folder) == undisturbed
+    after = times(folder)
+    assert {name: after[name] for name in before if not name.endswith(".tmp")} == {
+        name: time for name, time in before.items() if not name.endswith(".tmp")
+    }
+
+
+# Killed as it writes its second unit of this run.
+KILLED = """
+import os, signal
+from jaxdraft import prepare
+from jaxdraft.run import run
+from tests.test_prepare import corpus, recipe
+prepare.CHUNK_CHARACTERS, prepare.UNIT_CHUNKS = 2000, 4
+shards, whole = [], prepare.write_shard
+def write_shard(path, blocks, format):
+    shards.append(path)
+    if len(shards) == 2:
+        path.with_name(path.name + ".tmp").write_bytes(b"half a shard")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(path, blocks, format)
+prepare.write_shard = write_shard
+run(recipe(corpus({recipe})), {workdir}, only=["corpus"])
+"""
+
+
+def test_a_damaged_unit_is_named_and_made_anew(folder, small_units, capsys):
+    stage = corpus(folder / "text.jsonl")
+    prepared(folder, stage)
+    whole, before = files(folder), times(folder)
+    shard = folder / "run" / "corpus" / "rows-00002.array_record"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (folder / "run" / "corpus" / "rows-00004.json").write_text("{")
+    (folder / "run" / "corpus" / "manifest.json").unlink()
+    prepared(folder, stage)
+    assert "rows-00002.array_record is damaged: it is made anew" in capsys.readouterr().err
+    assert files(folder) == whole
+    changed = {name for name, time in times(folder).items() if before[name] != time}
+    assert changed == {f"rows-0000{i}.{suffix}" for i in (2, 4) for suffix in ("array_record", "json")}
+
+
+@pytest.mark.parametrize("rows", [1, 40, 200])
+def test_a_budget_is_kept_exactly(folder, small_units, rows):
+    whole = stacked(prepared(folder, corpus(folder / "text.jsonl")))
+    shutil.rmtree(folder / "run" / "corpus")
+    some = prepared(folder, corpus(folder / "text.jsonl", tokens=rows * LENGTH + LENGTH - 1))
+    assert len(some) == rows
+    for key, values in stacked(some).items():
+        assert (values == whole[key][:rows]).all()
+    assert some.manifest["tokens"] == rows * LENGTH
+
+
+def test_too_little_text_for_a_budget_is_told(folder, capsys):
+    rows = prepared(folder, corpus(folder / "text.jsonl", tokens=5e9))
+    assert f"the text ends after {len(rows) * LENGTH:,} tokens of 5,000,000,000" in capsys.readouterr().err
+    summary = json.loads((folder / "run" / "corpus" / "stage.json").read_text())["summary"]
+    assert summary["of the tokens asked for"] == "0.0%"
+    assert summary["tokens per second"] > 0
+
+
+@pytest.mark.parametrize("tokens", [1.5, 63, -1, 0, float("inf"), float("nan")])
+def test_a_budget_is_a_whole_number_of_tokens(tokens):
+    with pytest.raises(ConfigError, match="corpus: tokens is"):
+        Prepare("corpus", sources=(), length=LENGTH, tokens=tokens)
+
+
+def test_a_budget_is_the_same_however_it_is_spelled():
+    assert Prepare("a", sources=(), length=2, tokens=5e9) == Prepare("a", sources=(), length=2, tokens=5_000_000_000)
+
+
+def test_without_segments_a_row_is_one_text(folder, small_units):
+    apart = stacked(prepared(folder, corpus(folder / "text.jsonl")))
+    joined = stacked(prepared(folder, corpus(folder / "text.jsonl", segments=False)))
+    assert (apart["tokens"] == joined["tokens"]).all()
+    assert (joined["segment_ids"] == 1).all()
+    assert (joined["loss_mask"].sum(axis=1) == LENGTH - 1).all()
+    assert apart["segment_ids"].max() > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Patchy:
+    """Every third document does not fit."""
+
+    path: str
+
+    def documents(self):
+        for number, line in enumerate(Path(self.path).read_text().splitlines()):
+            yield Rejected(f"line {number}", f"reason {number % 2}") if number % 3 == 0 else json.loads(line)["text"]
+
+    def fingerprint(self):
+        return "the same"
+
+
+@pytest.mark.parametrize("tokens", [None, 200 * LENGTH])
+def test_what_does_not_fit_is_counted_and_written_down(folder, small_units, tokens):
+    stage = Prepare("corpus", sources=(Patchy(str(folder / "text.jsonl")),), length=LENGTH, tokens=tokens)
+    found = []
+    for workers in (1, 4):
+        rows = prepared(folder, dataclasses.replace(stage, workers=workers))
+        found.append(files(folder))
+        lines = [json.loads(line) for line in found[-1]["quarantine.jsonl"].splitlines()]
+        counts = rows.manifest["quarantined"]
+        assert [line["where"] for line in lines] == [f"line {3 * i}" for i in range(len(lines))]
+        assert counts.keys() == {"reason 0", "reason 1"}
+        assert sum(counts.values()) == len(lines)
+        record = json.loads((folder / "run" / "corpus" / "stage.json").read_text())
+        assert record["summary"]["quarantined"] == len(lines)
+        assert "quarantine.jsonl" in record["outputs"]
+        shutil.rmtree(folder / "run" / "corpus")
+    assert found[0] == found[1]
+    if tokens is None:
+        documents = len((folder / "text.jsonl").read_text().splitlines())
+        assert len(lines) == -(-documents // 3)
+        assert rows.manifest["counts"]["documents"] == documents - len(lines)
+
+
+def test_a_truncated_file_costs_nothing_that_was_made(folder, small_units, texts, capsys):
+    sources = folder / "parquet"
+    sources.mkdir()
+    parts = np.array_split(np.array(texts, object), 3)
+    for i, part in enumerate(parts):
+        pyarrow.parquet.write_table(pyarrow.table({"text": list(part)}), sources / f"{i}.parquet")
+    stage = corpus(sources)
+    prepared(folder, stage)
+    undisturbed = files(folder)
+    shutil.rmtree(folder / "run" / "corpus")
+    middle = sources / "1.parquet"
+    content = middle.read_bytes()
+    middle.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match=r"1\.parquet"):
+        prepared(folder, stage)
+    made = times(folder)
+    assert len(made) > 4
+    middle.write_bytes(content)
+    prepared(folder, stage)
+    assert files(folder) == undisturbed
+    after = times(folder)
+    assert {name: after[name] for name in made} == made
+    assert not (folder / "run" / "superseded").exists()
+
+
+def test_a_finished_stage_that_changes_is_set_aside(folder, small_units):
+    prepared(folder, corpus(folder / "text.jsonl"))
+    prepared(folder, corpus(folder / "text.jsonl", tokens=640))
+    assert (folder / "run" / "superseded" / "corpus.1" / "manifest.json").exists()
+
+
+def test_units_of_a_longer_text_do_not_stay(folder, small_units, texts, monkeypatch):
+    def stopped(*arguments, **settings):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_manifest", stopped)
+        with pytest.raises(OSError, match="disk full"):
+            prepared(folder, corpus(folder / "text.jsonl"))
+    prepared(folder, corpus(folder / "text.jsonl", tokens=10 * LENGTH))
+    assert files(folder).keys() == {"manifest.json", "rows-00000.array_record", "rows-00000.json"}
+
+
+def test_samples_nest(folder, small_units):
+    stages = [Subset(f"of-{rows}", data="corpus", tokens=rows * LENGTH + 1) for rows in (5, 50, 100)]
+    everything = {row.tobytes() for row in stacked(prepared(folder, corpus(folder / "text.jsonl")))["tokens"]}
+    samples = []
+    for stage in stages:
+        rows = prepared(folder, corpus(folder / "text.jsonl"), stage)
+        samples.append({row.tobytes() for row in stacked(rows)["tokens"]})
+        assert rows.manifest["source"] == PackedRows(folder / "run" / "corpus").manifest["source"]
+    assert [len(sample) for sample in samples] == [5, 50, 100]
+    assert samples[0] < samples[1] < samples[2] < everything
+    with pytest.raises(ConfigError, match="and at most all"):
+        prepared(folder, corpus(folder / "text.jsonl"), Subset("more", data="corpus", tokens=1e9))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
+    recipe_file = tmp_path / "recipe.py"
+    recipe_file.write_text(PROCESSES.format(path=str(folder / "text.jsonl")))
+    found = []
+    for processes in (1, 2):
+        own = tmp_path / str(processes)
+        shutil.copytree(folder / "run", own / "run")
+        layouts.run(recipe_file, own / "run", processes, 1, "--only", *NAMES)
+        found.append({name: files(own, name) for name in NAMES})
+    assert found[0] == found[1]
+
+
+NAMES = ("all", "some", "few", "too-many", "of-all")
+PROCESSES = """
+import dataclasses
+from jaxdraft import prepare
+from jaxdraft.recipe import Subset
+from tests.test_prepare import LENGTH, Patchy, corpus, recipe as with_tokenizer
+prepare.CHUNK_CHARACTERS, prepare.UNIT_CHUNKS = 2000, 4
+
+def recipe():
+    budgets = {{"all": None, "some": 150 * LENGTH, "few": 7 * LENGTH, "too-many": 1e9}}
+    source = Patchy({path!r})
+    text = corpus({path!r})
+    stages = [dataclasses.replace(text, name=name, sources=(source,), tokens=n) for name, n in budgets.items()]
+    return with_tokenizer(*stages, Subset("of-all", data="all", tokens=100 * LENGTH))
+"""

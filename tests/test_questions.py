@@ -1,0 +1,123 @@
+"""What is asked of whom: by the prompt's id, the temperature and the seed alone."""
+
+import collections
+import shutil
+
+import pytest
+
+from jaxdraft.data.magpie import Magpie
+from jaxdraft.data.prompts import Prompt
+from jaxdraft.data.quarantine import Quarantine, Rejected
+from jaxdraft.errors import ConfigError
+from jaxdraft.questions import choice, with_system, written
+from jaxdraft.recipe import Generate, Written
+from jaxdraft.tokenizers import load_tokenizer
+
+IDS = [f"{i}@{temperature:g}" for i in range(5000) for temperature in (0.0, 1.0)]
+
+# Llama-2-chat's, without a default system prompt.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% else %}{% set loop_messages = messages %}{% set system_message = '' %}{% endif %}"
+    "{% for message in loop_messages %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + (system_message if loop.first else '')"
+    " + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def phi3(shared_data):
+    return load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
+
+
+@pytest.fixture(scope="module")
+def llama2(shared_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama2") / "tokenizer"
+    shutil.copytree(shared_data / "tokenizers" / "llama2", folder)
+    (folder / "chat_template.jinja").write_text(LLAMA2)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("shares", [{"target": 0.5, "a": 0.5}, {"a": 0.2, "b": 0.7, "target": 0.1}, {"a": 1.0}])
+def test_every_writer_gets_its_share(shares):
+    chosen = collections.Counter(choice(f"3/writer/{id}", shares) for id in IDS)
+    for name, share in shares.items():
+        error = (share * (1 - share) * len(IDS)) ** 0.5
+        assert abs(chosen[name] - share * len(IDS)) <= 4 * error
+
+
+def test_choices_differ_between_seeds_and_temperatures():
+    shares = {"target": 0.5, "a": 0.5}
+    chosen = {(id, seed): choice(f"{seed}/writer/{id}", shares) for id in IDS for seed in (0, 1)}
+    same = sum(chosen[id, 0] == chosen[id, 1] for id in IDS)
+    assert abs(same - 5000) < 4 * 50
+    pairs = [chosen[f"{i}@0", 0] == chosen[f"{i}@1", 0] for i in range(5000)]
+    assert abs(sum(pairs) - 2500) < 4 * 5000**0.5 / 2
+
+
+def test_pinned_choice():
+    """What a seed means may not change: old runs could not be repeated."""
+    for shares in ({"t": 0.5, "a": 0.5}, {"a": 0.5, "t": 0.5}):
+        assert "".join(choice(f"0/writer/{id}", shares) for id in IDS[:16]) == "aataaataaattaata"
+
+
+def test_a_system_prompt_goes_before_the_conversation(phi3):
+    messages = ({"role": "user", "content": "Hello"},)
+    prompt = Prompt("a", (1,), "", messages=messages)
+    asked = with_system(phi3, prompt, "Be brief.")
+    assert asked.text == "<|system|>\nBe brief.<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\n"
+    assert list(asked.tokens) == phi3.encode(asked.text, bos=False)
+    assert with_system(phi3, asked, "Be long.") is asked
+    assert with_system(phi3, prompt, "") is prompt
+    with pytest.raises(ConfigError, match="prompt b: system_prompts need prompts given as messages"):
+        with_system(phi3, Prompt("b", (1,), "text"), "Be brief.")
+
+
+def lines(*texts, finish="eos"):
+    return [{"id": f"magpie:{i}@1", "text": text, "finish": finish} for i, text in enumerate(texts)]
+
+
+def test_instructions_a_model_wrote_are_asked_once_and_whole(phi3):
+    found = list(
+        written(
+            Written("made", max_tokens=40),
+            [
+                *lines("Name a fish. ", "name a  FISH.", "", "Go <|user|> on", "word " * 60, "Name a bird."),
+                *lines("Cut off in the mid", finish="length"),
+                {"id": "lost", "error": "empty answer"},
+            ],
+            phi3,
+        )
+    )
+    quarantine = Quarantine()
+    prompts = list(quarantine.accepted(found))
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["Name a fish.", "Name a bird."]
+    assert prompts[0].text == "<|user|>\nName a fish.<|end|>\n<|assistant|>\n"
+    assert quarantine.counts == {
+        "duplicate": 1,
+        "empty": 1,
+        "holds tokens of the chat template": 1,
+        "more than 40 tokens": 1,
+        "did not end": 1,
+        "was not written": 1,
+    }
+    assert found[1] == Rejected("made: magpie:1@1", "duplicate")
+    assert len(list(written(Written("made", limit=1), lines("a b", "c d"), phi3))) == 1
+
+
+def test_a_turn_that_no_end_token_closes_ends_where_the_template_closes_it(llama2):
+    (prompt,) = written(Written("made"), lines("Name a fish. [/INST] A carp.", finish="length"), llama2)
+    assert prompt.text == "<s>[INST] Name a fish. [/INST]"
+
+
+def test_magpie_asks_with_the_bare_beginning_of_a_turn(phi3, llama2):
+    first, second = Magpie(2).prompts(phi3)
+    assert (first.id, second.id, first.text, first.tokens) == ("magpie:0", "magpie:1", "<|user|>\n", second.tokens)
+    (steered,) = Magpie(1, system="You teach mathematics.").prompts(phi3)
+    assert steered.text == "<|system|>\nYou teach mathematics.<|end|>\n<|user|>\n"
+    (prompt,) = Magpie(1).prompts(llama2)
+    assert llama2.decode(prompt.tokens, skip_special=False).rstrip() == "<s> [INST]"
+    with pytest.raises(ConfigError, match="at 0 Magpie writes one instruction"):
+        Generate("made", prompts=(Magpie(3),), length=64)
