@@ -54,8 +54,13 @@ def _files(rows: Iterable[Row | Rejected]) -> Iterator[Row | Rejected]:
         if isinstance(row, Rejected) or not isinstance(row.value, dict) or "files" not in row.value:
             yield row
             continue
-        for file in row.value["files"] or ():
-            yield row._replace(where=f"{row.where}: {file.get('path') or file.get('blob_id')}", value=file)
+        files = row.value["files"]
+        if not isinstance(files, list):
+            yield Rejected(row.where, f"field 'files' is {type(files).__name__}, not a list")
+            continue
+        for number, file in enumerate(files):
+            name = file.get("path") if isinstance(file, dict) else None
+            yield row._replace(where=f"{row.where}: {name or f'file {number}'}", value=file)
 
 
 def _content(file: Any, fetch: Callable[[], Callable[[str], bytes | None]]) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from jaxdraft.data.catalogue import CORPORA, PROMPTS
 from jaxdraft.data.named import Corpus, Instructions
+from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.errors import ConfigError
 from jaxdraft.recipe_file import load_recipe
@@ -164,6 +165,26 @@ def test_prompts_and_conversations(tmp_path, tokenizer, name, file, rows, expect
         for id, asked, _, answer in expected
     ]
     assert reasons(conversations) == rejected
+
+
+JUNK = [None, 3, True, "", "text", [], ["text"], [None], {}, {"text": 1}, {"replies": 1}, {"replies": [3]}]
+KEYS = ("replies", "text", "message_id", "de", "blob_id")
+
+
+@pytest.mark.parametrize("name", [*PROMPTS, "stack-v2-smol"])
+def test_rows_of_any_other_shape_are_rejected(tmp_path, tokenizer, name):
+    path = str(tmp_path / "rows.jsonl")
+    columns = (CORPORA | PROMPTS)[name].columns
+    nearly = [{"lang": "en", "text": "a", "role": "prompter", key: junk} for junk in JUNK for key in KEYS]
+    rows = [*JUNK, *(dict.fromkeys(columns, value) for value in (*JUNK, *nearly))]
+    put(tmp_path, "rows.jsonl", rows)
+    if name in CORPORA:
+        items = list(Corpus(name, path, contents=str(tmp_path)).documents())
+    else:
+        source = Instructions(name, path, form="plain")
+        items = [*source.prompts(tokenizer), *source.conversations()]
+    assert len(reasons(items)) > len(kept(items))
+    assert all(isinstance(item, Rejected | Prompt | tuple) for item in items)
 
 
 def message(id, role, text, replies=(), rank=None, **facts):
