@@ -97,7 +97,7 @@ def instruction_text(messages: Iterable[Message], context: str = "") -> str:
     return "\n\n".join([*parts, "### Response:"])
 
 
-def rendered(value: Any) -> Iterator[Example]:
+def prompt_as_text(value: Any) -> Iterator[Example]:
     """The example in a row of the columns ``RENDERED``."""
     text = text_of(value, "prompt")
     answer = next((_optional(value, name) for name in RENDERED[1:4] if value.get(name)), None)

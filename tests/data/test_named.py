@@ -250,6 +250,8 @@ def test_limits_splits_and_files(tmp_path, tokenizer):
     one = Instructions("xsum", str(tmp_path / "data" / "test-00001-of-00002.parquet"), form="plain")
     assert [prompt.id for prompt in one.prompts(tokenizer)] == ["2", "3"]
     assert one.fingerprint() != Instructions("xsum", **settings).fingerprint()
+    with pytest.raises(ConfigError, match=r'no chat template .* for xsum, form="plain"'):
+        list(Instructions("xsum", str(tmp_path)).prompts(tokenizer))
 
 
 @pytest.mark.parametrize(
