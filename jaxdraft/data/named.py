@@ -116,7 +116,7 @@ class Instructions(_Named):
     wmt18-de-en.
 
     A prompt's id is the data set's own, or "alpaca:17" for row 17 ("wmt18-de-en/train:17" where a split is named). What
-    was asked before is rejected. Rows that hold a `prompt` as text, perhaps with its `reference`, are taken as they are.
+    was asked before is rejected. Rows that hold a `prompt` as text, perhaps a `reference` too, are taken as they are.
 
     Attributes:
       name, path, revision, split, limit: as those of `Corpus`.
