@@ -53,7 +53,6 @@ B = TypeVar("B")
 CHUNK_CHARACTERS = 1 << 16
 UNIT_CHUNKS = 1024
 
-QUARANTINE = "quarantine.jsonl"
 TIMING = "timing.jsonl"
 
 
@@ -313,8 +312,7 @@ def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
         counts=counts,
         quarantined=quarantine.counts,
     )
-    quarantine.write(folder / QUARANTINE)
-    files = [folder / MANIFEST, *(folder / shard["file"] for shard in shards), *folder.glob(QUARANTINE)]
+    files = [folder / MANIFEST, *(folder / shard["file"] for shard in shards), *quarantine.write(folder)]
     facts = {"rows": manifest["rows"], **counts}
     if quarantine.counts:
         facts["quarantined"] = quarantine.counts.total()
