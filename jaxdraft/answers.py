@@ -2,7 +2,7 @@
 
 A shard holds questions of one writer and one length bucket. What is in it depends neither on who writes it nor on what
 is written beside it, so any process may write any shard, once or again. Its record, a file of the same name, is written
-after it: number of answers, sha256, and what they were made by.
+last: number of answers, sha256 of each file, and what they were made by.
 """
 
 import collections
@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxdraft.data.pipeline import Example
+from jaxdraft.data.records import Format, sha256, write_json
+from jaxdraft.data.token_scores import TokenScores, read_scores, with_prompt, write_scores
 from jaxdraft.errors import ConfigError
 from jaxdraft.questions import Question
-from jaxdraft.tracking import read_jsonl, write_json, write_jsonl
+from jaxdraft.tracking import read_jsonl, write_jsonl
 
 ACCOUNT = "answers.json"
 _QUANTILES = {"median": 0.5, "p95": 0.95}
@@ -40,6 +43,16 @@ class Shard(NamedTuple):
         return self.path.with_suffix(".json")
 
     @property
+    def scores(self) -> Path:
+        """What the target said of the answers' tokens, where that is kept."""
+        return self.path.with_suffix(".array_record")
+
+    @property
+    def files(self) -> list[Path]:
+        """Those of its files that there are, but for its record."""
+        return [path for path in (self.path, self.scores) if path.exists()]
+
+    @property
     def writer(self) -> str:
         return self.questions[0].writer
 
@@ -57,12 +70,24 @@ def _batched(items: list[Question], size: int) -> Iterator[list[Question]]:
         yield items[start : start + size]
 
 
-def commit(shard: Shard, lines: Sequence[Mapping[str, Any]], generator: Mapping[str, Any]) -> list[Path]:
-    """Writes a shard and then its record, and returns both files."""
+def commit(
+    shard: Shard,
+    lines: Sequence[Mapping[str, Any]],
+    generator: Mapping[str, Any],
+    scores: Sequence[TokenScores] | None = None,
+    format: Format | None = None,
+) -> list[Path]:
+    """Writes a shard and then its record, and returns all its files.
+
+    Args:
+      scores: of the lines that are answers; with ``format``, of the rows that will be made of them.
+    """
     write_jsonl(shard.path, lines)
-    record = {"answers": len(lines), "sha256": _sha256(shard.path), "generator": dict(generator)}
-    write_json(shard.record, record)
-    return [shard.path, shard.record]
+    if scores is not None and format is not None:
+        write_scores(shard.scores, scores, format)
+    hashes = {path.name: sha256(path) for path in shard.files}
+    write_json(shard.record, {"answers": len(lines), "sha256": hashes, "generator": dict(generator)})
+    return [*shard.files, shard.record]
 
 
 def missing(shards: Sequence[Shard], generator: Mapping[str, Any], say: Callable[[str], None]) -> list[int]:
@@ -73,7 +98,7 @@ def missing(shards: Sequence[Shard], generator: Mapping[str, Any], say: Callable
     """
     found = []
     for i, shard in enumerate(shards):
-        if not (shard.record.exists() and shard.path.exists()):
+        if not shard.record.exists():
             found.append(i)
             continue
         record = json.loads(shard.record.read_text("utf-8"))
@@ -83,8 +108,10 @@ def missing(shards: Sequence[Shard], generator: Mapping[str, Any], say: Callable
                 f"{shard.path}: written with {key} {record['generator'].get(key)!r}, here it is {generator[key]!r}: "
                 f"go on where it was begun, or delete {shard.path.parent} to write all answers anew"
             )
-        if record["sha256"] != _sha256(shard.path):
-            say(f"    {shard.path} is damaged (its sha256 is not that of its record) and is written again")
+        kept = {path.name: sha256(path) for path in shard.files}
+        if lost := [name for name, expected in record["sha256"].items() if kept.get(name) != expected]:
+            what = "damaged: its sha256 is not that of its record" if lost[0] in kept else "gone"
+            say(f"    {shard.path.with_name(lost[0])} is {what}; the shard is written again")
             found.append(i)
     return found
 
@@ -137,21 +164,28 @@ def account(shards: Sequence[Shard], skipped: Mapping[str, int], generator: Mapp
         "lengths": {f"{temperature:g}": _spread(found) for temperature, found in sorted(lengths.items())},
         "generator": dict(generator),
         "shards": [
-            {"file": shard.path.name, "answers": len(shard.questions), "sha256": _sha256(shard.path)}
-            for shard in shards
+            {"file": shard.path.name, "answers": len(shard.questions), "sha256": sha256(shard.path)} for shard in shards
         ],
     }
 
 
 def examples(
-    shards: Iterable[Shard], prompt_labels: Callable[[Question], Sequence[int]]
-) -> Iterator[tuple[list[int], list[int]]]:
-    """(tokens, loss mask) of every question that was answered; ``prompt_labels`` is the mask of its prompt."""
+    shards: Iterable[Shard], prompt_labels: Callable[[Question], Sequence[int]], format: Format | None = None
+) -> Iterator[Example]:
+    """Every question that was answered, as an example to pack.
+
+    Args:
+      prompt_labels: the loss mask of a question's prompt.
+      format: of rows that store what the target said as it wrote; else that is left out.
+    """
     for shard in shards:
+        scores = iter(()) if format is None else read_scores(shard.scores, format)
         for question, line in zip(shard.questions, read_jsonl(shard.path), strict=True):
-            if "error" not in line:
-                prompt, answer = line["prompt_tokens"], line["tokens"]
-                yield prompt + answer, [*prompt_labels(question), *[1] * len(answer)]
+            if "error" in line:
+                continue
+            prompt, answer = line["prompt_tokens"], line["tokens"]
+            said = {} if format is None else with_prompt(next(scores), len(prompt))._asdict()
+            yield {"tokens": prompt + answer, "loss_mask": [*prompt_labels(question), *[1] * len(answer)], **said}
 
 
 def _spread(lengths: list[int]) -> dict[str, Any]:
@@ -165,8 +199,3 @@ def _spread(lengths: list[int]) -> dict[str, Any]:
         "max": max(lengths),
         "histogram": {"counts": counts.tolist(), "width": width},
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

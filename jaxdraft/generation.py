@@ -5,11 +5,13 @@ them write the same ones together. What an answer is depends on neither.
 """
 
 import collections
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxdraft import answers
@@ -19,8 +21,10 @@ from jaxdraft.data.conversations import prompt_mask
 from jaxdraft.data.pipeline import pack_whole
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Quarantine
+from jaxdraft.data.records import Format, write_json
+from jaxdraft.data.token_scores import TokenScores
 from jaxdraft.data_stages import Outputs, write_packed
-from jaxdraft.decode import Request, Usage, stream
+from jaxdraft.decode import Keep, Request, Usage, stream
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
@@ -33,24 +37,28 @@ from jaxdraft.server import ask as ask_server
 from jaxdraft.settings import to_json
 from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizers import Tokenizer
-from jaxdraft.tracking import progress_bar, say, write_json
+from jaxdraft.tracking import progress_bar, say
 
 QUARANTINE = "quarantine.jsonl"
 
+Line = dict[str, Any]  # of a shard
 Place = tuple[int, int]  # a question's shard among those at hand, and its line there
 
 
 def run_generate(stage: Generate, context: Context) -> Outputs:
     folder, quarantine = context.folder(stage.name), Quarantine()
     questions = together(lambda: ask(stage, context, quarantine))
-    stored = stage.keep_logits and target_logits(stage.name, stage.keep_logits, context)
+    stored = None if stage.keep_logits is None else target_logits(stage.name, stage.keep_logits, context)
+    as_written = Format(stage.length, context.tokenizer.vocab_size, stored) if stage.keeps_as_written else None
     if stored:
         tokens = sum(len(question.prompt.tokens) + question.max_new_tokens for question in questions)
+        tokens *= 1 if as_written is None else 2  # beside the answers, and in the rows
         on_lead(lambda: check_space(stage.name, tokens, stored, context, packed=False))
     shards = answers.cut(questions, stage.shard_size, folder)
     writing = _Writing(
         stage,
         context,
+        format=as_written,
         longest=max(question.max_new_tokens for question in questions),
         is_sampled=any(question.temperature > 0 for question in questions),
     )
@@ -65,21 +73,30 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     counts: collections.Counter[str] = collections.Counter()
     eos_ids = context.draft_config().eos_ids
     labels = lambda question: _prompt_labels(stage.labels, question.prompt, context.tokenizer, eos_ids)
-    packed = pack_whole(answers.examples(shards, labels) if is_lead() else (), stage.length, counts)
-    rows = scored(stage.name, packed, stored, context) if stored else packed
+    found = answers.examples(shards, labels, as_written) if is_lead() else ()
+    rows: Iterator[Mapping[str, np.ndarray]] = pack_whole(found, stage.length, counts)
+    if stored and as_written is None:
+        rows = scored(stage.name, rows, stored, context)
     if not is_lead():
         collections.deque(rows, maxlen=0)  # takes part in the scoring, and writes nothing
         return [], {}
     files, summary = write_packed(stage.name, rows, stage.length, _source(stage, context), counts, context, stored)
-    made = [*(shard.path for shard in shards), folder / ACCOUNT, *files]
+    made = [*(path for shard in shards for path in shard.files), folder / ACCOUNT, *files]
     return made + [path for path in (folder / QUARANTINE,) if path.exists()], {**_facts(account, usage), **summary}
 
 
 class _Writing(NamedTuple):
-    """What all shards of a stage have in common: ``longest`` is how many tokens an answer may have at most."""
+    """What all shards of a stage have in common.
+
+    Attributes:
+      format: of the rows, where they store what the target says as it writes.
+      longest: how many tokens an answer may have at most.
+      is_sampled: whether any is sampled.
+    """
 
     stage: Generate
     context: Context
+    format: Format | None
     longest: int
     is_sampled: bool
 
@@ -98,9 +115,9 @@ def _write_missing(writing: _Writing, shards: Sequence[Shard]) -> Usage:
 
     def write() -> None:
         with progress_bar(sum(len(shard.questions) for shard in todo), stage.name, "answer") as bar:
-            for shard, lines in _whole_shards(writing, todo, mesh, usage, bar.update):
+            for shard, lines, scores in _whole_shards(writing, todo, mesh, usage, bar.update):
                 if alone or is_lead():
-                    files = answers.commit(shard, lines, generator)
+                    files = answers.commit(shard, lines, generator, scores, writing.format)
                     context.home.keep_own(*files)
 
     together(write)
@@ -109,25 +126,25 @@ def _write_missing(writing: _Writing, shards: Sequence[Shard]) -> Usage:
 
 def _whole_shards(
     writing: _Writing, shards: Sequence[Shard], mesh: Mesh, usage: Usage, advance: Callable[[int], Any]
-) -> Iterator[tuple[Shard, list[dict[str, Any]]]]:
-    """Each shard with its lines as soon as it is whole."""
+) -> Iterator[tuple[Shard, list[Line], list[TokenScores]]]:
+    """Each shard with its lines, and what the target said of them where that is kept, as soon as it is whole."""
     for writer, group in itertools.groupby(shards, key=lambda shard: shard.writer):
         members = list(group)
-        found: dict[int, dict[int, dict[str, Any]]] = {i: {} for i in range(len(members))}
+        found: dict[int, dict[int, tuple[Line, TokenScores | None]]] = {i: {} for i in range(len(members))}
         asked = {
             (i, place): question for i, shard in enumerate(members) for place, question in enumerate(shard.questions)
         }
-        for (i, place), line in _lines(writing, writer, asked, mesh, usage):
-            found[i][place] = line
+        for (i, place), line, scores in _lines(writing, writer, asked, mesh, usage):
+            found[i][place] = line, scores
             advance(1)
             if len(found[i]) == len(members[i].questions):
-                lines = found.pop(i)
-                yield members[i], [lines[n] for n in range(len(lines))]
+                whole = [answer for _, answer in sorted(found.pop(i).items(), key=lambda item: item[0])]
+                yield members[i], [line for line, _ in whole], [said for _, said in whole if said is not None]
 
 
 def _lines(
     writing: _Writing, writer: str, asked: Mapping[Place, Question], mesh: Mesh, usage: Usage
-) -> Iterator[tuple[Place, dict[str, Any]]]:
+) -> Iterator[tuple[Place, Line, TokenScores | None]]:
     """The line of each question, in the order in which they are answered."""
     stage, context = writing.stage, writing.context
     if stage.server is not None:
@@ -143,7 +160,7 @@ def _lines(
             for place, question in asked.items()
         )
         for reply in ask_server(stage.server, sent, context.tokenizer, context.draft_config().eos_ids):
-            yield reply.key, _line(asked[reply.key], reply, context)
+            yield reply.key, _line(asked[reply.key], reply, context), None
         return
     model = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer), mesh)
     draft = None if stage.draft is None else Model.load(context.model_folder(stage.draft), mesh)
@@ -158,7 +175,7 @@ def _lines(
         )
         for place, question in asked.items()
     )
-    for request, tokens in stream(
+    for finished in stream(
         model.decoder,
         model.params,
         requests,
@@ -168,15 +185,18 @@ def _lines(
         sampled=writing.is_sampled,
         draft=None if draft is None else (draft.decoder, draft.params),
         block_size=stage.block_size,
+        keep=Keep(**dataclasses.asdict(stage.keep_logits)) if stage.keep_logits and writing.format else None,
         usage=usage,
     ):
-        question = asked[request.key]
+        place, tokens = finished.request.key, finished.tokens
+        question = asked[place]
         finish = "eos" if tokens[-1] in model.decoder.config.eos_ids else "length"
         text = context.tokenizer.continuation(question.prompt.tokens, tokens)
-        yield request.key, _line(question, Reply(request.key, tuple(tokens), text, finish), context)
+        scores = finished.scores and TokenScores(*map(np.asarray, finished.scores))
+        yield place, _line(question, Reply(place, tuple(tokens), text, finish), context), scores
 
 
-def _line(question: Question, reply: Reply, context: Context) -> dict[str, Any]:
+def _line(question: Question, reply: Reply, context: Context) -> Line:
     prompt = question.prompt
     written: dict[str, Any] = {"error": reply.error}
     if reply.error is None:

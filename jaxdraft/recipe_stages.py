@@ -142,8 +142,9 @@ class Generate(Stage):
       shard_size: answers per file, the unit of work that an interruption may cost.
       labels: which tokens count as labels: of ``"answers"``; also of the ``"assistant"``'s earlier turns in a prompt
         that is a conversation; or ``"all"``, whole prompts too.
-      keep_logits: store the target's distribution beside the rows. It is that of generation, except in answers that do
-        not fit into a row and are cut. To change it without answering anew, leave it out and add a Score stage.
+      keep_logits: store the target's distribution beside the rows. It is what the target wrote from, kept while it
+        writes; where others write too, or prompts are labels, a pass of the target over the rows. To change it without
+        answering anew, leave it out and add a Score stage.
       writer: who answers: ``"target"``, a Train stage, or shares such as ``{"target": .5, "pretrain": .5}``. Of
         several, an answer's id and the seed choose its writer.
       draft: a Train stage's model that drafts for the writer: the same text, sooner.
@@ -195,6 +196,12 @@ class Generate(Stage):
     def needs(self) -> tuple[str, ...]:
         drafted = () if self.draft is None else (self.draft,)
         return (*self.instructions, *(name for name in self.writers if name != TARGET), *drafted)
+
+    @property
+    def keeps_as_written(self) -> bool:
+        """Whether the target's distributions are kept while it writes."""
+        alone = set(self.writers) == {TARGET} and self.server is None
+        return self.keep_logits is not None and alone and self.labels == "answers"
 
     @property
     def instructions(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import jax
 
 from jaxdraft import __version__
 from jaxdraft.context import Context
-from jaxdraft.data.records import sha256
+from jaxdraft.data.records import sha256, write_json
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.home import Home, open_home
@@ -29,7 +29,7 @@ from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, ON_DEVICES, external_inputs
-from jaxdraft.tracking import say, write_json
+from jaxdraft.tracking import say
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 

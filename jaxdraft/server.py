@@ -15,12 +15,14 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from jaxdraft.data.conversations import labelled
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.errors import ConfigError
-from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
+
+T = TypeVar("T")
 
 _RETRIED = {408, 425, 429}  # and every 5xx
 _REFUSED = {400, 413, 422}  # this request; the next may do
@@ -29,10 +31,16 @@ _CONNECT = 10.0  # seconds
 _SHOWN = 300  # characters of what a server answered
 _OURS = {"model", "prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stream", "n", "stop"}
 
-# With ids: no sampling but by temperature and top-p (servers have defaults of their own, vLLM and SGLang the model's
-# generation_config.json), and the written ids reported: by return_token_ids in vLLM and SGLang, the others llama.cpp.
-_WITH_IDS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-_WITH_IDS |= {"return_token_ids": True, "return_tokens": True, "verbose": True}
+# What servers that take ids are asked besides: to sample by temperature and top-p alone (vLLM and SGLang would follow
+# the model's generation_config.json, llama.cpp defaults of its own), and to report the ids they wrote.
+_WITH_IDS = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "return_token_ids": True,  # vLLM and SGLang: choices[0].token_ids
+    "return_tokens": True,  # llama.cpp: __verbose.tokens
+    "verbose": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +48,9 @@ class Server:
     """An OpenAI-compatible endpoint.
 
     What it samples at temperatures above 0 is its own affair: the seed is sent, and equal answers are not promised.
-    `transformers serve` moreover samples only where the model's generation_config.json says ``do_sample``.
+    `transformers serve` samples only where the model's generation_config.json says ``do_sample``. It reports no ids
+    either, and a SentencePiece tokenizer cannot always tell them from text: to prompts without messages it may then
+    give many errors.
 
     Attributes:
       url: up to and with the version, as in ``http://localhost:8000/v1``.
@@ -156,6 +166,12 @@ def ask(
             waiting.put(None)
 
 
+def _parts(answer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The choice, with the ids written where the server reports them, and the usage."""
+    reported = answer.get("__verbose", {}).get("tokens")
+    return {"token_ids": reported, **answer["choices"][0]}, answer.get("usage") or {}
+
+
 class _Client:
     """One server's connections, and what is known of it. Its methods may be called from several threads."""
 
@@ -171,7 +187,7 @@ class _Client:
         self._server = server
         self._model = server.model
         self._tokenizer = tokenizer
-        self._eos_ids = eos_ids
+        self._eos_ids = frozenset(eos_ids)
         self._takes_ids = False
         self._closed = threading.Event()
         self._http = httpx2.Client(
@@ -210,14 +226,26 @@ class _Client:
         Raises:
           ConfigError, OSError: as ``ask``.
         """
-        key, prompt, *_ = question
+        path, body = self._request(question)
+        response = self._send(path, body, question.seed)
+        if response.status_code in _REFUSED:
+            return Reply(question.key, error=re.sub(r"\d+", "N", f"the server refuses it: {self._said(response)}"))
+        choice, usage = self._content(response, _parts)
+        try:
+            return self._read(question, choice, usage)
+        except ChatTemplateError as error:
+            return Reply(question.key, error=str(error))
+
+    def _request(self, question: Question) -> tuple[str, dict[str, Any]]:
+        """Path and body of the request for an answer."""
+        prompt = question.prompt
         path = "completions"
         given: dict[str, Any] = {"prompt": prompt.text}
         if self._takes_ids:
             given = {"prompt": list(prompt.tokens), **_WITH_IDS}
         elif prompt.messages is not None:
             path, given = "chat/completions", {"messages": [dict(message) for message in prompt.messages]}
-        body = {
+        return path, {
             "model": self._model,
             "max_tokens": question.max_new_tokens,
             "temperature": question.temperature,
@@ -226,46 +254,53 @@ class _Client:
             **given,
             **self._server.extra,
         }
-        response = self._send(path, body, question.seed)
-        if response.status_code in _REFUSED:
-            return Reply(key, error=re.sub(r"\d+", "N", f"the server refuses it: {self._said(response)}"))
-        answer, choice = self._content(response, lambda answer: (answer, answer["choices"][0]))
-        usage, message = answer.get("usage") or {}, choice.get("message") or {}
+
+    def _read(self, question: Question, choice: dict[str, Any], usage: dict[str, Any]) -> Reply:
+        key, prompt = question.key, question.prompt
+        message, finish = choice.get("message") or {}, choice.get("finish_reason")
         if usage.get("prompt_tokens", len(prompt.tokens)) != len(prompt.tokens):
             return Reply(key, error="the server makes other tokens of the prompt than the target's tokenizer")
         if message.get("reasoning_content") or message.get("reasoning") or message.get("tool_calls"):
             return Reply(key, error="the server takes the answer apart: serve without parsers of reasoning and tools")
-        if choice.get("finish_reason") not in ("stop", "length"):
-            return Reply(key, error=f"the server ended the answer with {choice.get('finish_reason')!r}")
-        ended = choice["finish_reason"] == "stop"
-        tokens = choice.get("token_ids") or answer.get("__verbose", {}).get("tokens")
+        if finish not in ("stop", "length"):
+            return Reply(key, error=f"the server ended the answer with {finish!r}")
+        tokens = choice.get("token_ids")
         if not tokens:
-            written = usage.get("completion_tokens", 0) - ended
+            written = usage.get("completion_tokens", 0) - (finish == "stop")
             tokens = self._encoded(prompt, choice.get("text") or message.get("content") or "", written)
         if tokens is None:
-            return Reply(key, error="the answer's text joins the prompt's last token: its tokens are not known")
-        if tokens and tokens[-1] in self._eos_ids:
-            ended = True
-        elif ended:
+            return Reply(key, error="the server reports no token ids, and the answer's text does not tell them")
+        if finish == "stop" and self._eos_ids.isdisjoint(tokens[-1:]):
             tokens = [*tokens, self._end_of(prompt)]
         text = self._tokenizer.continuation(prompt.tokens, tokens)
         if not text.strip():
             return Reply(key, error="empty answer")
-        return Reply(key, tuple(tokens), text, "eos" if ended else "length")
+        return Reply(key, tuple(tokens), text, "eos" if tokens[-1] in self._eos_ids else "length")
 
     def _encoded(self, prompt: Prompt, text: str, written: int) -> list[int] | None:
-        """Ids of an answer's text behind its prompt; None where the two share a token.
+        """Ids of an answer's text without its end token; None where the text does not tell them.
 
-        A server that decodes an answer by itself loses the space that a SentencePiece begins with: of the ids with
-        and without it those are taken that are as many as were written; if both are, those with it.
+        A server that decodes an answer by itself loses the space that a SentencePiece begins with: ``written``, how
+        many ids there were, says whether it did. Where it may have or not, the text is taken as it is behind white
+        space and in a conversation, where the chat template says how an answer follows, and else nothing is guessed.
         """
-        encode = functools.partial(self._tokenizer.encode, bos=None if prompt.messages is None else False)
+        texts = [text, f" {text}"] if self._loses_space and not text[:1].isspace() else [text]
+        found = [tokens for text in texts if (tokens := self._behind(prompt, text)) is not None]
+        fits = [tokens for tokens in found if len(tokens) == written]
+        if prompt.messages is not None or prompt.text[-1:].isspace() or len(found) == 1:
+            fits = [*fits, *found][:1]
+        return fits[0] if len(fits) == 1 else None
+
+    def _behind(self, prompt: Prompt, text: str) -> list[int] | None:
+        """Ids of a text as it stands behind the prompt; None where the prompt's last token would be another."""
+        if prompt.messages is None:
+            tokens = self._tokenizer.encode(prompt.text + text)
+        else:
+            turns = [*prompt.messages, {"role": "assistant", "content": text}]
+            tokens, mask = labelled(self._tokenizer, turns, eos_ids=self._eos_ids)
+            del tokens[max(place for place, is_label in enumerate(mask) if is_label) :]  # from the end token on
         before = len(prompt.tokens)
-        texts = [prompt.text + text]
-        if self._loses_space and not (prompt.text[-1:].isspace() or text[:1].isspace()):
-            texts.insert(0, f"{prompt.text} {text}")
-        found = [ids[before:] for ids in map(encode, texts) if tuple(ids[:before]) == prompt.tokens]
-        return next((ids for ids in found if len(ids) == written), found[0] if found else None)
+        return tokens[before:] if tuple(tokens[:before]) == prompt.tokens else None
 
     @functools.cached_property
     def _loses_space(self) -> bool:
@@ -313,12 +348,12 @@ class _Client:
             "see to the server, then run the same command again"
         )
 
-    def _content(self, response: Any, part: Callable[[Any], Any]) -> Any:
-        """A part of the JSON that came with status 200."""
+    def _content(self, response: Any, read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of the JSON that came with status 200."""
         if response.status_code != 200:
             self._stop(response)
         try:
-            return part(response.json())
+            return read(response.json())
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{response.url}: not what an OpenAI-compatible server answers ({error!r}): {self._said(response)}"

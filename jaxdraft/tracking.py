@@ -101,16 +101,6 @@ def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that exists under its name only when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _whole_lines(path: Path) -> list[str]:
     # Not splitlines: text may hold other line ends, such as U+2028, which JSON leaves as they are.
     return path.read_text("utf-8").split("\n")[:-1] if path.exists() else []

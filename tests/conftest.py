@@ -79,8 +79,8 @@ class MadeRun:
         from jaxdraft import answers
         from jaxdraft.data.prompts import Prompt
         from jaxdraft.data.quarantine import Quarantine
+        from jaxdraft.data.records import write_json
         from jaxdraft.questions import Question
-        from jaxdraft.tracking import write_json
 
         folder, quarantine = self.record(name, "Generate"), Quarantine()
         asked = [

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from jaxdraft import answers
 from jaxdraft.data.prompts import Prompt
+from jaxdraft.data.records import Format
+from jaxdraft.data.token_scores import TokenScores
 from jaxdraft.errors import ConfigError
 from jaxdraft.questions import Question
 
@@ -57,9 +60,9 @@ def test_what_is_missing_is_what_was_not_committed_whole(shards):
     damaged[10] ^= 1
     shards[5].path.write_bytes(damaged)
     assert answers.missing(shards, GENERATOR, said.append) == [0, 1, 3, 4, 5]
-    assert len(said) == 1
-    assert shards[5].path.name in said[0]
-    assert "damaged" in said[0]
+    assert len(said) == 2
+    assert f"{shards[4].path.name} is gone" in said[0]
+    assert f"{shards[5].path.name} is damaged" in said[1]
     with pytest.raises(ConfigError, match="written with dtype 'float32', here it is 'bfloat16'"):
         answers.missing(shards, {"dtype": "bfloat16"}, said.append)
 
@@ -95,7 +98,29 @@ def test_examples_are_prompt_and_answer_with_the_labels_of_both(shards):
     answers.commit(shards[0], [lost, *(line(question) for question in shards[0].questions[1:])], GENERATOR)
     found = list(answers.examples(shards, lambda question: [0] * (len(question.prompt.tokens) - 1) + [1]))
     assert len(found) == 19
-    tokens, mask = found[0]
+    tokens, mask = found[0]["tokens"], found[0]["loss_mask"]
     length = len(shards[0].questions[1].prompt.tokens)
     assert tokens == [*range(1, length + 1), 5, 2]
     assert mask == [0] * (length - 1) + [1, 1, 1]
+
+
+def test_what_the_target_said_lies_beside_the_tokens_it_was_said_of(shards):
+    shard, format = shards[0], Format(64, 400, {"k": 2, "vocabulary": 400})
+    first, second, third = shard.questions
+    log_probs = np.array([[-0.5, -1, -0.5, -2], [-1, -2, -3, -4]], np.float16)
+    said = [TokenScores(np.array([[n, 7], [8, 9]], np.uint16), log_probs * n) for n in (1, 2)]
+    lost = {"id": second.id, "error": "empty answer"}
+    files = answers.commit(shard, [line(first), lost, line(third)], GENERATOR, said, format)
+    assert files == [shard.path, shard.scores, shard.record]
+    found = list(answers.examples([shard], lambda question: [0] * len(question.prompt.tokens), format))
+    for example, question, expected in zip(found, (first, third), said, strict=True):
+        length = len(question.prompt.tokens)
+        own = slice(length - 1, length + 1)
+        np.testing.assert_array_equal(example["target_ids"][own], expected.target_ids)
+        np.testing.assert_array_equal(example["target_log_probs"][own], expected.target_log_probs)
+        mass = np.exp(example["target_log_probs"].astype(float))[[*range(length - 1), length + 1]]
+        np.testing.assert_allclose(mass.sum(-1), 1, atol=3 * 2**-11)  # no label, and a distribution all the same
+    shard.scores.unlink()
+    lines = []
+    assert answers.missing([shard], GENERATOR, lines.append) == [0]
+    assert f"{shard.scores.name} is gone" in lines[0]

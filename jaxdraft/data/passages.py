@@ -1,4 +1,4 @@
-"""Any text, cut into passages that are trained on, asked about, or held out.
+"""Any text, cut into passages that are trained on, asked about, or held out, or into prompts and their continuations.
 
 A passage is a run of whole lines. Which split it belongs to depends on its own words alone, so that text added to a
 corpus moves nothing from one split to another.
@@ -77,10 +77,8 @@ class Beginnings:
                 name = f"{self.passages.split}:{number}"
                 number += 1
                 ids = tokenizer.encode(passage)
-                beginning, rest = ids[: self.tokens], ids[self.tokens :]
-                if rest:
-                    text, reference = tokenizer.decode(beginning), tokenizer.continuation(beginning, rest)
-                    yield Prompt(name, tuple(beginning), text, reference)
+                if len(ids) > self.tokens:
+                    yield _cut(name, ids, self.tokens, tokenizer)
                 else:
                     yield Rejected(name, f"no more than {self.tokens} tokens")
 
@@ -96,6 +94,54 @@ class Beginnings:
 
     def fingerprint(self) -> str:
         return self.passages.fingerprint()
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Each document up to a token that its own words draw as a prompt, its rest as the reference.
+
+    As FastDraft measures on TinyStories: "starting from a random position within each sample".
+
+    Attributes:
+      text: where the documents are from.
+      limit: at most this many prompts.
+      max_tokens: a longer prompt is rejected.
+    """
+
+    text: Source
+    limit: int | None = None
+    max_tokens: int | None = None
+
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
+        def each() -> Iterator[Prompt | Rejected]:
+            seen: set[str] = set()
+            for document in self.text.documents():
+                if isinstance(document, Rejected):
+                    yield document
+                    continue
+                digest = hashlib.sha256(document.encode()).hexdigest()
+                name, ids = digest[:16], tokenizer.encode(document)
+                shortest = 1 + tokenizer.adds_bos
+                if name in seen:
+                    yield Rejected(name, "duplicate")
+                elif len(ids) <= shortest:
+                    yield Rejected(name, "a single token")
+                else:
+                    tokens = shortest + int(digest, 16) % (len(ids) - shortest)
+                    too_long = self.max_tokens is not None and tokens > self.max_tokens
+                    reason = f"more than {self.max_tokens} tokens"
+                    yield Rejected(name, reason) if too_long else _cut(name, ids, tokens, tokenizer)
+                seen.add(name)
+
+        return first(each(), self.limit)
+
+    def fingerprint(self) -> str:
+        return self.text.fingerprint()
+
+
+def _cut(name: str, ids: list[int], tokens: int, tokenizer: Tokenizer) -> Prompt:
+    beginning, rest = ids[:tokens], ids[tokens:]
+    return Prompt(name, tuple(beginning), tokenizer.decode(beginning), tokenizer.continuation(beginning, rest))
 
 
 def _passages(document: str, characters: int) -> Iterator[str]:

@@ -22,6 +22,7 @@ from jaxdraft.tokenizers import Tokenizer
 
 _BLOCK_TOKENS = 1 << 18  # packed at once
 _PACKING_BINS = 64  # rows held open by first-fit packing
+_EXAMPLE_TYPES = {"tokens": np.int32, "loss_mask": np.uint8}
 _MAX_DENOMINATOR = 1000  # weights are read as fractions with at most this denominator
 
 Row = dict[str, np.ndarray]
@@ -145,34 +146,43 @@ def _rows(tokens_RL: np.ndarray, owners_RL: np.ndarray, segments: bool) -> Row:
     return {"tokens": tokens_RL, "segment_ids": segments_RL, "loss_mask": mask_RL}
 
 
-def pack_whole(
-    examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, counts: Counter[str] | None = None
-) -> Iterator[Row]:
+Example = Mapping[str, Sequence[int] | np.ndarray]
+"""A text of T tokens to be packed whole: its `tokens` and `loss_mask`, and other columns of rows, each `[T, …]`."""
+
+
+def pack_whole(examples: Iterable[Example], length: int, counts: Counter[str] | None = None) -> Iterator[Row]:
     """First-fit packing of whole examples, padded with token 0 and segment 0.
 
     Args:
-      examples: pairs (tokens, loss_mask) of equal lengths; one longer than `length` is first cut into pieces.
+      examples: all of the same columns; one longer than `length` is first cut into pieces.
       counts: gets `examples`, `cut_examples`, `tokens` and `padding`.
     Yields:
       rows of `tokens`, `segment_ids` and `loss_mask`, each [L], as in `pack_concatenate`'s blocks; `loss_mask` is the
-      examples' own with 0 at each segment's first token.
+      examples' own with 0 at each segment's first token. Other columns `[L, …]` with zeros for padding.
+    Raises:
+      ConfigError: an example's columns differ in length.
     """
     counts = Counter() if counts is None else counts
+    examples = iter(examples)
+    first = next(examples, None)
+    if first is None:
+        return
 
     def elements() -> Iterator[Row]:
-        for tokens, mask in examples:
-            if len(tokens) != len(mask):
-                raise ConfigError(f"an example has {len(tokens)} tokens but a loss mask of {len(mask)}")
+        for example in itertools.chain([first], examples):
+            size = len(example["tokens"])
+            if lengths := {name: len(values) for name, values in example.items() if len(values) != size}:
+                raise ConfigError(f"an example has {size} tokens, but of other columns {lengths}")
             counts["examples"] += 1
-            counts["cut_examples"] += len(tokens) > length
-            counts["tokens"] += len(tokens)
-            for start in range(0, len(tokens), length):
-                piece = slice(start, start + length)
-                yield {"tokens": np.array(tokens[piece], np.int32), "loss_mask": np.array(mask[piece], np.uint8)}
+            counts["cut_examples"] += size > length
+            counts["tokens"] += size
+            arrays = {name: np.asarray(values, _EXAMPLE_TYPES.get(name)) for name, values in example.items()}
+            for start in range(0, size, length):
+                yield {name: values[start : start + length] for name, values in arrays.items()}
 
     packed = grain.experimental.FirstFitPackIterDataset(
         _Elements(elements()),
-        length_struct={"tokens": length, "loss_mask": length},
+        length_struct=dict.fromkeys(first, length),
         num_packing_bins=_PACKING_BINS,
         shuffle_bins=False,
     )
@@ -180,7 +190,7 @@ def pack_whole(
         segment_ids = row["tokens_segment_ids"]
         counts["padding"] += int(np.count_nonzero(segment_ids == 0))
         yield {
-            "tokens": row["tokens"],
+            **{name: row[name] for name in first},
             "segment_ids": segment_ids,
             "loss_mask": row["loss_mask"] * (segment_positions(segment_ids) > 0),
         }

@@ -197,7 +197,7 @@ def write_shard(path: Path, blocks: Iterable[Block], format: Format) -> dict[str
     finally:
         writer.close()
     entry = {"file": path.name, **totals, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-    _commit(temporary, path)
+    commit(temporary, path)
     return entry
 
 
@@ -245,10 +245,10 @@ def write_json(path: Path, value: Any) -> None:
     """A JSON file that appears under its name only when it is complete and durable."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    _commit(temporary, path)
+    commit(temporary, path)
 
 
-def _commit(temporary: Path, path: Path) -> None:
+def commit(temporary: Path, path: Path) -> None:
     """Makes `temporary` durable, then visible under its name."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())

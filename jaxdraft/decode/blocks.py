@@ -28,12 +28,15 @@ from jaxdraft.decode.sampling import (
     Draws,
     Sampling,
     draw,
+    gumbel_argmax,
+    gumbels,
     is_any,
     position_keys,
     probabilities,
     row_keys,
     uniforms,
 )
+from jaxdraft.decode.score import Keep, TopScores, keep_scores, room_for_scores
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
@@ -55,6 +58,7 @@ class WrittenInBlocks(NamedTuple):
     cut_B: jax.Array
     target_finite_B: jax.Array
     draft_finite_B: jax.Array
+    scores: TopScores | None = None
 
     @property
     def steps_B(self) -> jax.Array:
@@ -77,6 +81,7 @@ class WithDraft:
       block_size: draft tokens proposed per run of the target.
       eos_E: tokens that end an answer.
       drafter_invariant: write what the target writes alone, sampled too, in place of another text of the same law.
+      keep: of the target's distributions.
 
     Raises:
       ConfigError: a value is out of range, the vocabularies differ, or the target has a draft vocabulary.
@@ -89,6 +94,7 @@ class WithDraft:
     block_size: int
     eos_E: np.ndarray
     drafter_invariant: bool = False
+    keep: Keep | None = None
 
     def __post_init__(self):
         target, draft = self.target_decoder.config, self.draft_decoder.config
@@ -119,7 +125,7 @@ class WithDraft:
         return self.target_decoder, self.target_params, self.draft_decoder, self.draft_params
 
     def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> WrittenInBlocks:
-        return start_in_blocks(*self.models, tokens_BL, length_B, end_B, size, self.block_size)
+        return start_in_blocks(*self.models, tokens_BL, length_B, end_B, size, self.block_size, self.keep)
 
     def write(
         self, state: WrittenInBlocks, sampling: Sampling | None, draws: Draws | None, floor: int = 0
@@ -133,6 +139,7 @@ class WithDraft:
             sampling=sampling,
             draws=draws,
             floor=np.int32(floor),
+            keep=self.keep,
         )
 
 
@@ -143,9 +150,9 @@ class _Keys(NamedTuple):
     replace_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "size", "block_size"))
+@functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "size", "block_size", "keep"))
 def start_in_blocks(
-    target_decoder, target_params, draft_decoder, draft_params, tokens_BL, length_B, end_B, size, block_size
+    target_decoder, target_params, draft_decoder, draft_params, tokens_BL, length_B, end_B, size, block_size, keep=None
 ):
     """A ``WrittenInBlocks`` of rows whose prompts both models have read, as ``generate.start`` makes a ``Written``."""
     prompts, slots = (tokens_BL, length_B, end_B), size + block_size + 1
@@ -161,13 +168,14 @@ def start_in_blocks(
         cut_B=~ones_B,
         target_finite_B=ones_B,
         draft_finite_B=ones_B,
+        scores=room_for_scores(keep, len(tokens_BL), size),
     )
     return on_rows(state)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("target_decoder", "draft_decoder", "block_size", "drafter_invariant"),
+    static_argnames=("target_decoder", "draft_decoder", "block_size", "drafter_invariant", "keep"),
     donate_argnames=("state",),
 )
 def write_in_blocks(
@@ -183,11 +191,12 @@ def write_in_blocks(
     draws,
     floor=0,
     drafter_invariant=False,
+    keep=None,
 ):
     """Goes on with a ``WrittenInBlocks`` until at most ``floor`` rows are live.
 
     Greedy without ``sampling`` and ``draws``. Sampled, drafts stand by the rule of ``verify``; or, drafter-invariant,
-    while they equal what the target draws with the keys of ``generate.write``, which the draft draws with too.
+    while they equal what the target draws with the noise of ``generate.write``, which the draft draws with too.
     """
     target_head_DV = head_weight(target_decoder.config, target_params)
     draft_head_DR = head_weight(draft_decoder.config, draft_params)
@@ -196,9 +205,9 @@ def write_in_blocks(
         purposes = SAMPLE, PROPOSE, ACCEPT, REPLACE
         keys = _Keys(*(row_keys(draws.seed, purpose, draws.example_ids_B) for purpose in purposes))
     G, nowhere = block_size, slots(state.target_cache)
-    rows_B1 = jnp.arange(state.tokens_BS.shape[0])[:, None]
+    rows_B1, order_K = jnp.arange(state.tokens_BS.shape[0])[:, None], jnp.arange(G + 1)
 
-    def propose(state, live_B):
+    def propose(state, live_B, noise_BKV):
         n_B = state.length_B
 
         def step(carry, tokens_BT, positions_BT, i):
@@ -212,8 +221,8 @@ def write_in_blocks(
                 return (cache, finite_B), (token_ids(draft_decoder.config, best_B), None)
             probs_BR = probabilities(logits_BR, sampling)
             probs_BV = widen(draft_decoder.config, probs_BR)
-            if drafter_invariant:  # over the target's tokens: both models' noise is that of the token
-                return (cache, finite_B), (draw(position_keys(keys.sample_B, n_B + i), probs_BV), None)
+            if noise_BKV is not None:
+                return (cache, finite_B), (gumbel_argmax(probs_BV, noise_BKV[:, i]), None)
             drawn_B = token_ids(draft_decoder.config, draw(position_keys(keys.propose_B, n_B + i), probs_BR))
             return (cache, finite_B), (drawn_B, probs_BV)
 
@@ -232,19 +241,22 @@ def write_in_blocks(
 
     def block(state: WrittenInBlocks) -> WrittenInBlocks:
         n_B, live_B = state.length_B, state.length_B < state.end_B
-        drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B)
+        noise_BKV = None
+        if drafter_invariant and sampling is not None:
+            noise = lambda i: gumbels(position_keys(keys.sample_B, n_B + i), target_decoder.config.vocabulary)
+            noise_BKV = jax.vmap(noise, out_axes=1)(order_K)
+        drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B, noise_BKV)
 
         last_B1 = state.tokens_BS[rows_B1, n_B[:, None] - 1]
-        slots_BK = jnp.where(live_B[:, None], n_B[:, None] - 1 + jnp.arange(G + 1), nowhere)
+        slots_BK = jnp.where(live_B[:, None], n_B[:, None] - 1 + order_K, nowhere)
         hidden_BKD, target_cache = target_decoder.apply(
             {"params": target_params}, jnp.concatenate([last_B1, drafts_BG], 1), slots_BK, cache=state.target_cache
         )
         logits_BKV = logits(hidden_BKD, target_head_DV)
         if sampling is None:
             accepted_B, next_B = verify_equal(drafts_BG, jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32))
-        elif drafter_invariant:
-            own = lambda probs_BV, i: draw(position_keys(keys.sample_B, n_B + i), probs_BV)
-            own_BK = jax.vmap(own, (1, 0), 1)(probabilities(logits_BKV, sampling), jnp.arange(G + 1))
+        elif noise_BKV is not None:
+            own_BK = gumbel_argmax(probabilities(logits_BKV, sampling), noise_BKV)
             accepted_B, next_B = verify_equal(drafts_BG, own_BK)
         else:
             u_BG = uniforms(keys.accept_B, n_B[:, None] + jnp.arange(G))
@@ -253,7 +265,6 @@ def write_in_blocks(
             next_B = draw(position_keys(keys.replace_B, n_B + accepted_B), next_probs_BV)
 
         count_B = accepted_B + 1
-        order_K = jnp.arange(G + 1)
         emitted_BK = jnp.where(order_K < accepted_B[:, None], jnp.pad(drafts_BG, ((0, 0), (0, 1))), next_B[:, None])
         ends_BK = is_any(emitted_BK, eos_E) & (order_K < count_B[:, None])
         until_end_B = jnp.where(jnp.any(ends_BK, axis=1), jnp.argmax(ends_BK, axis=1) + 1, count_B)
@@ -273,6 +284,7 @@ def write_in_blocks(
             cut_B=jnp.where(live_B, kept_B < count_B, state.cut_B),
             target_finite_B=state.target_finite_B & (~live_B | jnp.all(all_finite(logits_BKV), axis=1)),
             draft_finite_B=draft_finite_B,
+            scores=keep_scores(state.scores, keep, logits_BKV, emitted_BK, jnp.where(kept_BK, slots_BK, nowhere)),
         )
 
     return jax.lax.while_loop(lambda state: count_live(state) > floor, block, state)

@@ -28,6 +28,7 @@ from jaxdraft.decode.driver import (
     write_batches,
 )
 from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, is_any, position_keys, probabilities, row_keys
+from jaxdraft.decode.score import Keep, TopScores, keep_scores, room_for_scores
 from jaxdraft.models.cache import KVCache, init_cache
 from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
 from jaxdraft.sharding import mesh_of
@@ -51,7 +52,7 @@ class GeneratedBatch(NamedTuple):
 
 class Written(NamedTuple):
     """Where a batch stands: its tokens, each row's length and the length at which it is done, the cache, whether all
-    logits so far were finite, and how many steps each row took part in."""
+    logits so far were finite, how many steps each row took part in, and what is kept of the distributions."""
 
     tokens_BS: jax.Array
     length_B: jax.Array
@@ -59,6 +60,7 @@ class Written(NamedTuple):
     cache: KVCache
     finite_B: jax.Array
     steps_B: jax.Array
+    scores: TopScores | None = None
 
     @property
     def finite(self) -> dict[str, jax.Array]:
@@ -73,22 +75,31 @@ class Alone:
       decoder: with ``scan=False``.
       params: of ``for_decoding``.
       eos_E: tokens that end an answer.
+      keep: of the distributions that tokens are drawn from, for a model without a draft vocabulary.
     """
 
     decoder: Decoder
     params: Params
     eos_E: np.ndarray
+    keep: Keep | None = None
 
     @property
     def mesh(self) -> Mesh:
         return mesh_of(self.params)
 
     def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> Written:
-        return start(self.decoder, self.params, tokens_BL, length_B, end_B, size)
+        return start(self.decoder, self.params, tokens_BL, length_B, end_B, size, self.keep)
 
     def write(self, state: Written, sampling: Sampling | None, draws: Draws | None, floor: int = 0) -> Written:
         return write(
-            self.decoder, self.params, state, eos_E=self.eos_E, sampling=sampling, draws=draws, floor=np.int32(floor)
+            self.decoder,
+            self.params,
+            state,
+            eos_E=self.eos_E,
+            sampling=sampling,
+            draws=draws,
+            floor=np.int32(floor),
+            keep=self.keep,
         )
 
 
@@ -153,9 +164,15 @@ def generate_batches(
         yield GeneratedBatch(batch.indices, new_tokens(batch, state), seconds)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "size"))
+@functools.partial(jax.jit, static_argnames=("decoder", "size", "keep"))
 def start(
-    decoder: Decoder, params: Params, tokens_BL: jax.Array, length_B: jax.Array, end_B: jax.Array, size: int
+    decoder: Decoder,
+    params: Params,
+    tokens_BL: jax.Array,
+    length_B: jax.Array,
+    end_B: jax.Array,
+    size: int,
+    keep: Keep | None = None,
 ) -> Written:
     """A ``Written`` of rows whose prompts are read, with room for ``size`` tokens of prompt and answer."""
     state = Written(
@@ -165,6 +182,7 @@ def start(
         cache=prefill(decoder, params, tokens_BL, length_B, end_B, size),
         finite_B=jnp.ones_like(length_B, bool),
         steps_B=jnp.zeros_like(length_B),
+        scores=room_for_scores(keep, len(length_B), size),
     )
     return on_rows(state)
 
@@ -193,8 +211,8 @@ def prefill(
     return jax.lax.fori_loop(0, chunks, read, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
-def write(decoder, params, state, *, eos_E, sampling, draws, floor=0):
+@functools.partial(jax.jit, static_argnames=("decoder", "keep"), donate_argnames=("state",))
+def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, keep=None):
     """Goes on with a ``Written`` until at most ``floor`` rows are live; greedy without ``sampling`` and ``draws``."""
     head_DV = head_weight(decoder.config, params)
     keys_B: Any = None if draws is None else row_keys(draws.seed, SAMPLE, draws.example_ids_B)
@@ -207,7 +225,8 @@ def write(decoder, params, state, *, eos_E, sampling, draws, floor=0):
         slots_B1 = jnp.where(live_B, last_B, nowhere)[:, None]
         last_B1 = state.tokens_BS[rows_B, last_B][:, None]
         hidden_B1D, cache = decoder.apply({"params": params}, last_B1, slots_B1, cache=state.cache)
-        logits_BV = logits(hidden_B1D, head_DV)[:, 0]
+        logits_B1V = logits(hidden_B1D, head_DV)
+        logits_BV = logits_B1V[:, 0]
         if sampling is None:
             next_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         else:
@@ -221,6 +240,7 @@ def write(decoder, params, state, *, eos_E, sampling, draws, floor=0):
             cache=cache,
             finite_B=state.finite_B & (~live_B | all_finite(logits_BV)),
             steps_B=state.steps_B + live_B,
+            scores=keep_scores(state.scores, keep, logits_B1V, next_B[:, None], slots_B1),
         )
 
     return jax.lax.while_loop(lambda state: count_live(state) > floor, step, state)

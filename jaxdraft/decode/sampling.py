@@ -76,8 +76,17 @@ def _keep_top_p(probs: jax.Array, top_p: jax.Array) -> jax.Array:
 
 def draw(keys_B: jax.Array, probs_BV: jax.Array) -> jax.Array:
     """One token per row, ``int32[B]``, by Gumbel-argmax: no cumulative sum over the vocabulary to round."""
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, probs_BV.shape[1:]))(keys_B)
-    return jnp.argmax(jnp.log(probs_BV) + noise_BV, axis=-1).astype(jnp.int32)
+    return gumbel_argmax(probs_BV, gumbels(keys_B, probs_BV.shape[1]))
+
+
+def gumbels(keys_B: jax.Array, size: int) -> jax.Array:
+    """``[B, size]`` draws from the standard Gumbel law, a row for each key."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys_B)
+
+
+def gumbel_argmax(probs: jax.Array, noise: jax.Array) -> jax.Array:
+    """The tokens that this noise draws from probabilities ``[…, V]``, ``int32[…]``."""
+    return jnp.argmax(jnp.log(probs) + noise, axis=-1).astype(jnp.int32)
 
 
 class Draws(NamedTuple):

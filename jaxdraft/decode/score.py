@@ -1,10 +1,11 @@
-"""What a model says of text that lies there already: its most likely next tokens, and how likely the text's own was.
+"""What a model says of a text: its most likely next tokens, and how likely the text's own was.
 
-One teacher-forced forward pass over packed rows. The output head is applied to a few positions at a time, so that the
-logits of all of them never exist.
+Of a text that lies there already, by one teacher-forced forward pass over packed rows: the output head is applied to a
+few positions at a time, so that the logits of all of them never exist. Of a text that is being written, with each of
+its tokens, from the logits that it is drawn from.
 
-Shapes: B rows, T tokens, N = B · T positions of one device, C positions of a chunk, D hidden, V vocabulary, K most
-likely tokens.
+Shapes: B rows, T tokens, S slots, N = B · T positions of one device, C positions of a chunk, D hidden, V vocabulary,
+K most likely tokens.
 """
 
 import functools
@@ -17,6 +18,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxdraft.backend import default_chunk
 from jaxdraft.models.decoder import Decoder, Params, following, head_weight, logits
 from jaxdraft.sharding import BATCH_AXES, position_axis
+
+
+class Keep(NamedTuple):
+    """How much of a distribution is kept: its ``k`` most likely tokens, of the softmax at one temperature."""
+
+    k: int
+    temperature: float = 1.0
 
 
 class TopScores(NamedTuple):
@@ -68,7 +76,7 @@ def score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temp
 
     def local(hidden_BTD, head_DV, labels_BT):
         chunk = min(default_chunk(head_DV.shape[1]), labels_BT.size)
-        score = lambda x: _score(logits(x[0][None], head_DV)[0] / temperature, x[1], k)
+        score = lambda x: score_next(logits(x[0][None], head_DV)[0] / temperature, x[1], k)
         found = jax.lax.map(score, (_chunked(hidden_BTD, chunk), _chunked(labels_BT, chunk)))
         count = labels_BT.size
         return [x.reshape(-1, x.shape[-1])[:count].reshape(*labels_BT.shape, -1) for x in found]
@@ -81,7 +89,26 @@ def score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temp
     return TopScores(*sharded(hidden_BTD, head_weight(decoder.config, params), labels_BT))
 
 
-def _score(logits_CV: jax.Array, labels_C: jax.Array, k: int) -> TopScores:
+def room_for_scores(keep: Keep | None, rows: int, size: int) -> TopScores | None:
+    """For each of ``size`` slots of a text to be written, zeros."""
+    if keep is None:
+        return None
+    return TopScores(jnp.zeros((rows, size, keep.k), jnp.int32), jnp.zeros((rows, size, keep.k + 2)))
+
+
+def keep_scores(
+    scores: TopScores | None, keep: Keep | None, logits_BTV: jax.Array, next_BT: jax.Array, slots_BT: jax.Array
+) -> TopScores | None:
+    """Puts what is said of the token after each slot into that slot; a slot outside keeps nothing."""
+    if keep is None:
+        return None
+    found = score_next(logits_BTV.reshape(-1, logits_BTV.shape[-1]) / keep.temperature, next_BT.reshape(-1), keep.k)
+    rows_B1 = jnp.arange(len(slots_BT))[:, None]
+    put = lambda x, new: x.at[rows_B1, slots_BT].set(new.reshape(*slots_BT.shape, -1), mode="drop")
+    return jax.tree.map(put, scores, found)
+
+
+def score_next(logits_CV: jax.Array, labels_C: jax.Array, k: int) -> TopScores:
     """As ``TopScores`` says; a label of -1 is none."""
     total_C1 = jax.nn.logsumexp(logits_CV, axis=-1, keepdims=True)
     top_CK, ids_CK = jax.lax.top_k(logits_CV, k)

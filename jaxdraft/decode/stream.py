@@ -26,10 +26,11 @@ from jaxdraft.decode.blocks import WithDraft
 from jaxdraft.decode.driver import Writer, check_finite, end_tokens, on_rows
 from jaxdraft.decode.generate import Alone
 from jaxdraft.decode.sampling import Draws, Sampling
+from jaxdraft.decode.score import Keep, TopScores
 from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.decoder import Decoder, Params
-from jaxdraft.sharding import row_groups
+from jaxdraft.sharding import replicated, row_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,17 @@ class Request:
 
 
 class Finished(NamedTuple):
-    """A text that is written: the new tokens, an end token included."""
+    """A text that is written: the new tokens, an end token included.
+
+    Attributes:
+      request: what was asked.
+      tokens: N new tokens.
+      scores: of ``keep``, what the model said of each of them, ``[N, K]`` and ``[N, K + 2]``; else ``None``.
+    """
 
     request: Request
     tokens: list[int]
+    scores: TopScores | None = None
 
 
 @dataclasses.dataclass
@@ -113,6 +121,7 @@ def stream(
     sampled: bool = True,
     draft: tuple[Decoder, Params] | None = None,
     block_size: int = 4,
+    keep: Keep | None = None,
     usage: Usage | None = None,
 ) -> Iterator[Finished]:
     """Writes the requested texts and gives each when it is done.
@@ -133,6 +142,7 @@ def stream(
       sampled: ``False`` leaves sampling out of the program, for requests that are all greedy.
       draft: proposes tokens, and changes nothing of what is written.
       block_size: draft tokens proposed per run of the model.
+      keep: how much of the model's distributions is given with the texts; not of one with a draft vocabulary.
       usage: is kept up to date.
 
     Raises:
@@ -142,9 +152,11 @@ def stream(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
     config, eos_E = decoder.config, end_tokens(decoder.config, eos_ids)
-    writer: Writer = Alone(decoder, params, eos_E)
+    if keep is not None:
+        config.check_target()
+    writer: Writer = Alone(decoder, params, eos_E, keep)
     if draft is not None:
-        writer = WithDraft(decoder, params, *draft, block_size, eos_E, drafter_invariant=True)
+        writer = WithDraft(decoder, params, *draft, block_size, eos_E, drafter_invariant=True, keep=keep)
 
     def checked(request: Request) -> Request:
         check_prompt(request.key, request.tokens, request.max_new_tokens, config.vocabulary, config.max_positions)
@@ -186,9 +198,9 @@ class _Batch:
             if not compiled:
                 self._usage.compiling += time.perf_counter() - began
                 compiled = True
-            yield from finished
+            yield from map(_here, finished)
             finished = self._take()
-        yield from finished
+        yield from map(_here, finished)
 
     def _refill(self, queue: Iterator[Request]) -> Request | None:
         """Gives free rows the next requests, as many as one prefill reads; returns the request after them."""
@@ -244,9 +256,26 @@ class _Batch:
         for row in rows:
             if length_B[row] == end_B[row]:
                 request = self._rows.pop(row)
-                finished.append(Finished(request, tokens_BS[row, len(request.tokens) : length_B[row]].tolist()))
+                tokens = tokens_BS[row, len(request.tokens) : length_B[row]].tolist()
+                scores = None if state.scores is None else row_of(state.scores, np.int32(row), self._writer.mesh)
+                finished.append(Finished(request, tokens, scores))
                 usage.tokens += len(finished[-1].tokens)
         return finished
+
+
+def _here(finished: Finished) -> Finished:
+    """With its scores fetched, and cut to the tokens that they are of."""
+    if finished.scores is None:
+        return finished
+    first = len(finished.request.tokens) - 1
+    cut = lambda x: x[first : first + len(finished.tokens)]
+    return finished._replace(scores=jax.tree.map(cut, fetch(finished.scores)))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def row_of(tree, row, mesh):
+    """One row of each array, whole on every device."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[row], replicated(mesh)), tree)
 
 
 @functools.partial(jax.jit, static_argnames=("rows",))

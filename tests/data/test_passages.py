@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxdraft.data.passages import Beginnings, Passages
+from jaxdraft.data.passages import Beginnings, Continuations, Passages
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.data.sources import Text
@@ -67,3 +67,27 @@ def test_what_the_text_rejects_passes_through(tmp_path, tokenizer):
 def test_a_wrong_split_is_named(text):
     with pytest.raises(ConfigError, match="must be one of train, seed, eval"):
         Passages(text, "test")
+
+
+def test_continuations_are_cut_where_their_words_say(tmp_path, tokenizer):
+    stories = [f"Once upon a time there was a number, and it was {i}." for i in range(200)]
+    (tmp_path / "s.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in [*stories, *stories[:2], ""])
+    )
+    source = Continuations(Text(str(tmp_path / "s.jsonl")))
+    items = list(source.prompts(tokenizer))
+    assert [item.reason for item in items[200:]] == ["duplicate", "duplicate", "blank"]
+    lengths = set()
+    for prompt, story in zip(items, stories, strict=False):
+        ids = tokenizer.encode(story)
+        assert list(prompt.tokens) == ids[: len(prompt.tokens)]
+        assert prompt.text + prompt.reference == tokenizer.decode(ids) == story
+        lengths.add(len(prompt.tokens))
+    assert lengths == set(range(2, max(len(tokenizer.encode(story)) for story in stories)))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": stories[7]}))
+    assert list(Continuations(Text(str(tmp_path / "t.jsonl"))).prompts(tokenizer)) == [items[7]]
+    some = list(Continuations(source.text, limit=20, max_tokens=9).prompts(tokenizer))
+    assert all(
+        item.reason == "more than 9 tokens" if isinstance(item, Rejected) else len(item.tokens) < 10 for item in some
+    )
+    assert sum(isinstance(item, Prompt) for item in some) == 20

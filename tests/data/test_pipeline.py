@@ -113,7 +113,7 @@ def test_whole_examples_stay_whole():
         prompt = int(rng.integers(0, size))
         examples.append(([i + 1] * int(size), [0] * prompt + [1] * (int(size) - prompt)))
     counts: Counter[str] = Counter()
-    rows = list(pack_whole(iter(examples), LENGTH, counts))
+    rows = list(pack_whole(({"tokens": tokens, "loss_mask": mask} for tokens, mask in examples), LENGTH, counts))
 
     found = {}
     for row in rows:
@@ -133,12 +133,22 @@ def test_whole_examples_stay_whole():
 def test_whole_cuts_the_over_long_and_loses_nothing():
     counts: Counter[str] = Counter()
     tokens = list(range(1, 2 * LENGTH + 11))
-    rows = list(pack_whole([(tokens, [1] * len(tokens)), ([500, 501], [1, 1])], LENGTH, counts))
+    said = np.arange(len(tokens) * 2, dtype=np.float16).reshape(-1, 2)
+    examples = [
+        {"tokens": tokens, "loss_mask": [1] * len(tokens), "said": said},
+        {"tokens": [500, 501], "loss_mask": [1, 1], "said": np.full((2, 2), -1, np.float16)},
+    ]
+    rows = list(pack_whole(examples, LENGTH, counts))
     kept = np.concatenate([row["tokens"][row["segment_ids"] > 0] for row in rows])
     assert sorted(kept.tolist()) == [*tokens, 500, 501]
     assert counts["cut_examples"] == 1
-    with pytest.raises(ConfigError, match="loss mask"):
-        list(pack_whole([([1, 2], [1])], LENGTH))
+    for row in rows:  # what rides along stays beside its token
+        at = np.flatnonzero((row["tokens"] > 0) & (row["tokens"] < 500))
+        assert row["said"].dtype == np.float16
+        np.testing.assert_array_equal(row["said"][at], said[row["tokens"][at] - 1])
+    with pytest.raises(ConfigError, match=r"2 tokens, but of other columns .'loss_mask': 1"):
+        list(pack_whole([{"tokens": [1, 2], "loss_mask": [1]}], LENGTH))
+    assert list(pack_whole([], LENGTH)) == []
 
 
 def test_positions_restart_with_each_segment():

@@ -1,7 +1,7 @@
 """Decodes on one of eight devices and on meshes of all of them, for test_mesh.py.
 
-Prints a JSON line for each number of shards: whether greedy and sampled answers, alone and with a draft, are those of
-one device.
+Prints a JSON line for each number of shards: whether greedy and sampled answers, alone and with a draft, of batches
+that run to their end and of a stream, are those of one device.
 """
 
 import json
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdraft.decode import generate, speculative_generate
+from jaxdraft.decode import Request, generate, speculative_generate, stream
 from jaxdraft.models import Decoder, ModelConfig, for_decoding, init_params
 from jaxdraft.models.decoder import model_shardings
 from jaxdraft.sharding import Load, MeshShape
@@ -29,6 +29,7 @@ DRAFT = ModelConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2, eos_ids=(5,)
 )
 ROWS, NEW = 8, 24
+UNEVEN = 6  # rows that do not divide over eight or four groups of devices
 
 
 def on_mesh(config, seed, mesh):
@@ -48,7 +49,25 @@ def answers(mesh):
         found.append(generate(*target, prompts, **how))
         results = speculative_generate(*target, *draft, prompts, block_size=3, **how)
         found.append([(result.tokens, result.accepted) for result in results])
-    return found
+    return found + [streamed(target, *how) for how in ((None, 16), (None, UNEVEN), (draft, 16))]
+
+
+def streamed(target, draft, batch_size):
+    """More texts than rows, of all lengths; half of them sampled."""
+    rng = np.random.default_rng(1)
+    requests = [
+        Request(
+            key=key,
+            tokens=rng.integers(0, 96, int(rng.integers(3, 20))).tolist(),
+            max_new_tokens=int(rng.integers(1, NEW + 1)),
+            temperature=0.8 * (key % 2),
+            top_p=0.9,
+            example_id=key,
+        )
+        for key in range(40)
+    ]
+    found = stream(*target, requests, batch_size=batch_size, longest=NEW, draft=draft, block_size=3)
+    return {request.key: tokens for request, tokens in found}
 
 
 def main():

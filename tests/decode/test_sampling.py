@@ -117,3 +117,16 @@ def test_uniforms_are_those_of_single_positions():
     single = jax.random.uniform(position_keys(keys, jnp.asarray([4, 9]))[1])
     assert grid[1, 1] == single
     assert len(np.unique(grid)) == 4
+
+
+def test_two_laws_that_share_their_noise_mostly_draw_the_same():
+    """Equal with a probability of at least (1 - TVD) / (1 + TVD): Daliri, Musco & Suresh 2024, arXiv 2408.07978."""
+    rng, draws = np.random.default_rng(0), 20_000
+    keys = row_keys(0, sampling.SAMPLE, np.arange(draws, dtype=np.uint32))
+    for sharpness in (0.1, 1.0, 10.0):
+        p, q = rng.dirichlet(np.full(8, sharpness), 2).astype(np.float32)
+        tvd = np.abs(p - q).sum() / 2
+        drawn = [np.asarray(draw(keys, jnp.broadcast_to(law, (draws, 8)))) for law in (p, q)]
+        same = np.mean(drawn[0] == drawn[1])
+        error = 4 * 0.5 / draws**0.5
+        assert (1 - tvd) / (1 + tvd) - error < same < 1 - tvd + error

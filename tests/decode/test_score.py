@@ -66,7 +66,7 @@ def test_the_mass_is_all_there(tiny):
 
 def test_the_rest_of_a_confident_model_does_not_cancel():
     logits = jnp.asarray([[40.0, 3.0, 1.0, 0.0, 2.0]])
-    found = score._score(logits, jnp.asarray([1]), 1)
+    found = score.score_next(logits, jnp.asarray([1]), 1)
     assert found.ids_BTK.tolist() == [[0]]
     # 1 minus the two would be 0 in float32, and in float64 too.
     np.testing.assert_allclose(found.log_probs_BTS[0], [0, -37, np.log(np.exp([1, 0, 2]).sum()) - 40], rtol=1e-6)
