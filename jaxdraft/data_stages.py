@@ -3,13 +3,14 @@
 import collections
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdraft.context import VOCABULARY, Context
+from jaxdraft.data.quarantine import Quarantine
 from jaxdraft.data.records import MANIFEST, write_rows
 from jaxdraft.distributed import is_lead, on_lead
 from jaxdraft.errors import ConfigError
@@ -23,9 +24,11 @@ Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's
 
 
 def run_train_tokenizer(stage: TrainTokenizer, context: Context) -> Outputs:
-    folder = context.folder(stage.name)
-    train_sentencepiece(_documents(stage.sources, stage.name), folder, stage.vocab_size)
-    return tokenizer_files(folder), {"vocab_size": stage.vocab_size}
+    folder, quarantine = context.folder(stage.name), Quarantine()
+    train_sentencepiece(_documents(stage, quarantine), folder, stage.vocab_size)
+    quarantine.write(folder / "quarantine.jsonl")
+    rejected = {"set aside": quarantine.counts.total()} if quarantine.counts else {}
+    return [*tokenizer_files(folder), *folder.glob("quarantine.jsonl")], {"vocab_size": stage.vocab_size, **rejected}
 
 
 def run_score(stage: Score, context: Context) -> Outputs:
@@ -64,9 +67,10 @@ def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
     return [path], {"tokens": len(ids), "of the target's": target.vocabulary, "cover": seen}
 
 
-def _documents(sources: Sequence[Any], name: str) -> Iterator[str]:
-    with progress_bar(0, name, "document") as bar:
-        for document in itertools.chain.from_iterable(source.documents() for source in sources):
+def _documents(stage: TrainTokenizer, quarantine: Quarantine) -> Iterator[str]:
+    documents = itertools.chain.from_iterable(source.documents() for source in stage.sources)
+    with progress_bar(0, stage.name, "document") as bar:
+        for document in quarantine.accepted(documents):
             bar.update(1)
             yield document
 
