@@ -3,7 +3,7 @@
 import collections
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's
 
 def run_train_tokenizer(stage: TrainTokenizer, context: Context) -> Outputs:
     folder, quarantine = context.folder(stage.name), Quarantine()
-    train_sentencepiece(_documents(stage.sources, stage.name, quarantine), folder, stage.vocab_size)
-    facts = {"quarantined": quarantine.counts.total()} if quarantine.counts else {}
-    return [*tokenizer_files(folder), *quarantine.write(folder)], {"vocab_size": stage.vocab_size, **facts}
+    train_sentencepiece(_documents(stage, quarantine), folder, stage.vocab_size)
+    rejected = {"set aside": quarantine.counts.total()} if quarantine.counts else {}
+    return [*tokenizer_files(folder), *quarantine.write(folder)], {"vocab_size": stage.vocab_size, **rejected}
 
 
 def run_score(stage: Score, context: Context) -> Outputs:
@@ -66,10 +66,10 @@ def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
     return [path], {"tokens": len(ids), "of the target's": target.vocabulary, "cover": seen}
 
 
-def _documents(sources: Sequence[Any], name: str, quarantine: Quarantine) -> Iterator[str]:
-    found = itertools.chain.from_iterable(source.documents() for source in sources)
-    with progress_bar(0, name, "document") as bar:
-        for document in quarantine.accepted(found):
+def _documents(stage: TrainTokenizer, quarantine: Quarantine) -> Iterator[str]:
+    documents = itertools.chain.from_iterable(source.documents() for source in stage.sources)
+    with progress_bar(0, stage.name, "document") as bar:
+        for document in quarantine.accepted(documents):
             bar.update(1)
             yield document
 

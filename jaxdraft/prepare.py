@@ -1,13 +1,12 @@
 """The stages that make packed rows out of text, and out of other rows.
 
-Text is cut into chunks, and those into units, at places that the text alone decides. The chunks of a unit are tokenised
+Text is read in chunks, and those make units, at places that the text alone decides. The chunks of a unit are tokenised
 side by side and packed into a shard of its own. No unit knows of another: of several processes each makes its share,
 and rows are the same for any number of them. Beside a shard lies a record of what was read for it, with a hash of the
 text. A run that was stopped makes only units that have no record, or one of another text or other settings, or whose
 shard is damaged.
 """
 
-import bisect
 import collections
 import concurrent.futures
 import functools
@@ -19,13 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxdraft.context import Context
-from jaxdraft.data.pipeline import Encoded, encode, pack_concatenate, sample
+from jaxdraft.data.chunks import Chunk, Conversations, Documents, Form, Part, chunks, in_order
+from jaxdraft.data.pipeline import sample
 from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.data.records import (
     FORMAT,
@@ -46,72 +46,7 @@ from jaxdraft.settings import to_json
 from jaxdraft.tracking import progress_bar, say
 
 Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
-A = TypeVar("A")
-B = TypeVar("B")
-
-# Pinned: with other numbers text is cut at other places, and rows differ.
-CHUNK_CHARACTERS = 1 << 16
-UNIT_CHUNKS = 1024
-
 TIMING = "timing.jsonl"
-
-
-class Chunk(NamedTuple):
-    """Consecutive documents.
-
-    Attributes:
-      unit: number of the unit that it is a part of.
-      texts: the documents.
-      counts: rows rejected before the last of them, by reason.
-      rejected: those of these rows that are written down.
-    """
-
-    unit: int
-    texts: list[str]
-    counts: dict[str, int]
-    rejected: list[Rejected]
-
-    def sha256(self) -> bytes:
-        head = json.dumps([[len(text) for text in self.texts], self.counts, self.rejected])
-        return hashlib.sha256("".join([head, *self.texts]).encode()).digest()
-
-
-def chunks(sources: Sequence[Any]) -> Iterator[Chunk]:
-    """All documents of the sources, in their order.
-
-    Raises:
-      ConfigError: as the sources do, or nothing that they hold fits.
-    """
-    quarantine = Quarantine()
-    numbers = itertools.count()
-    texts: list[str] = []
-    before, written = collections.Counter[str](), 0
-
-    def chunk() -> Chunk:
-        counts, rejected = quarantine.counts - before, quarantine.rows[written:]
-        return Chunk(next(numbers) // UNIT_CHUNKS, texts, dict(counts), rejected)
-
-    size = 0
-    for text in quarantine.accepted(itertools.chain.from_iterable(source.documents() for source in sources)):
-        texts.append(text)
-        size += len(text)
-        if size >= CHUNK_CHARACTERS:
-            yield chunk()
-            texts, size = [], 0
-            before, written = quarantine.counts.copy(), len(quarantine.rows)
-    if texts or quarantine.counts != before:
-        yield chunk()
-
-
-def in_order(pool: concurrent.futures.Executor, work: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
-    """``map``, with ``ahead`` items given to the pool before a result is waited for."""
-    running: collections.deque[concurrent.futures.Future[B]] = collections.deque()
-    for item in items:
-        running.append(pool.submit(work, item))
-        if len(running) > ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 class _Units:
@@ -123,12 +58,12 @@ class _Units:
       tokens: that this process has made; those of units that were there before do not count.
     """
 
-    def __init__(self, stage: Prepare, context: Context, advance: Callable[[int], Any]):
+    def __init__(self, stage: Prepare, context: Context, form: Form, advance: Callable[[int], Any]):
         self.left = sys.maxsize if stage.tokens is None else int(stage.tokens) // stage.length
         self.count = self.tokens = 0
         self.format = Format(stage.length, context.tokenizer.vocab_size)
-        self._tokenizer, self._segments, self._advance = context.tokenizer, stage.segments, advance
-        self._settings = json.dumps([FORMAT, stage.length, stage.segments, self._tokenizer.fingerprint()]).encode()
+        self._form, self._advance = form, advance
+        self._settings = json.dumps([FORMAT, type(form).__name__, *form.settings]).encode()
         self._folder, self._keep = context.folder(stage.name), context.home.keep_own
         self._workers = stage.workers or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._workers)
@@ -194,7 +129,7 @@ class _Units:
         """Rows of a unit that was made before, if they are of this text and whole."""
         try:
             record = json.loads(self.record(number).read_text("utf-8"))
-            if record["text"] != self._hash(chunk.sha256() for chunk in text):
+            if record["text"] != self._hash(text):
                 return None
             shard, tokens = record["shard"], record["counts"]["tokens"]
         except (ValueError, LookupError, TypeError):  # damaged
@@ -205,41 +140,43 @@ class _Units:
         if not path.is_file() or sha256(path) != shard["sha256"]:
             say(f"    {path} is damaged: it is made anew")
             return None
+        if shard["rows"] > self.left:
+            return None
         self._advance(tokens)
-        return shard["rows"] if shard["rows"] <= self.left else None
+        return shard["rows"]
 
     def _make(self, number: int, text: Iterable[Chunk], rows: int) -> int:
         """Tokenises, packs and begins to write a unit, at most so many rows; returns how many it has."""
-        counts, sizes, hashes, rejected = collections.Counter[str](), [0], [], []
+        counts, read = collections.Counter[str](), list[Chunk]()
+        quarantine = Quarantine()
 
-        def encoded() -> Iterator[Encoded]:
-            for chunk, part, hashed in in_order(self._pool, self._encode, text, 2 * self._workers):
-                sizes.append(sizes[-1] + len(part.tokens))
-                hashes.append(hashed)
-                rejected.append((chunk.counts, chunk.rejected))
-                self._advance(len(part.tokens))
+        def parts() -> Iterator[Part]:
+            for chunk, part in in_order(self._pool, self._encode, text, 2 * self._workers):
+                read.append(chunk._replace(items=[]))
+                quarantine.counts.update(chunk.counts)
+                quarantine.counts.update(row.reason for row in part.rejected)
+                quarantine.rows += [*chunk.rejected, *part.rejected]
+                self._advance(part.tokens)
                 yield part
 
-        blocks = list(pack_concatenate(encoded(), self.format.length, counts, segments=self._segments, rows=rows))
+        blocks = list(self._form.pack(parts(), counts, rows))
         made = sum(len(block["tokens"]) for block in blocks)
-        if made == rows:  # what was read beyond them does not count
-            del rejected[bisect.bisect_left(sizes, made * self.format.length) :]
         self.tokens += counts["tokens"]
         record = {
-            "text": None if made == rows else self._hash(hashes),
+            "text": None if made == rows else self._hash(read),  # not read to its end
             "counts": counts,
-            "quarantined": sum((collections.Counter(counts) for counts, _ in rejected), collections.Counter()),
-            "rejected": [row for _, rows in rejected for row in rows],
+            "quarantined": quarantine.counts,
+            "rejected": quarantine.rows,
         }
         self._wait()
         self._writing = self._writer.submit(self._write, number, blocks, record)
         return made
 
-    def _encode(self, chunk: Chunk) -> tuple[Chunk, Encoded, bytes]:
-        return chunk, encode(chunk.texts, self._tokenizer), chunk.sha256()
+    def _encode(self, chunk: Chunk) -> tuple[Chunk, Part]:
+        return chunk, self._form.encode(chunk.items)
 
-    def _hash(self, texts: Iterable[bytes]) -> str:
-        return hashlib.sha256(b"".join([self._settings, *texts])).hexdigest()
+    def _hash(self, text: Iterable[Chunk]) -> str:
+        return hashlib.sha256(b"".join([self._settings, *(chunk.sha256 for chunk in text)])).hexdigest()
 
     def _write(self, number: int, blocks: Sequence[Block], record: dict[str, Any]) -> None:
         if blocks:
@@ -258,17 +195,18 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
     folder = context.folder(stage.name)
     together(lambda: context.home.fetch(stage.name))
     folder.mkdir(parents=True, exist_ok=True)
+    form, item = _form(stage, context)
     rows = tokens = 0
     began = turn = time.perf_counter()
-    with progress_bar(int(stage.tokens or 0), stage.name, "token" if stage.tokens else "document") as bar:
+    with progress_bar(int(stage.tokens or 0), stage.name, "token" if stage.tokens else item) as bar:
 
         def text() -> Iterator[Chunk]:
-            for chunk in chunks(stage.sources):
+            for chunk in chunks(stage.sources, form):
                 if stage.tokens is None:
-                    bar.update(len(chunk.texts))
+                    bar.update(len(chunk.items))
                 yield chunk
 
-        with _Units(stage, context, bar.update if stage.tokens else lambda tokens: None) as units:
+        with _Units(stage, context, form, bar.update if stage.tokens else lambda tokens: None) as units:
             for taken, made in units.make(text()):
                 rows, tokens = rows + taken, tokens + made
                 if stage.tokens:
@@ -289,6 +227,14 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
     return files, {**facts, **({"tokens per second": round(rate["tokens_per_second"])} if tokens else {})}
 
 
+def _form(stage: Prepare, context: Context) -> tuple[Form, str]:
+    """How the text becomes rows, and what a piece of it is called."""
+    if stage.labels is None:
+        return Documents(context.tokenizer, stage.length, stage.segments), "document"
+    eos_ids = context.draft_config().eos_ids
+    return Conversations(context.tokenizer, stage.length, stage.labels, eos_ids), "conversation"
+
+
 def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
     """The data set out of the units, with all that their sources rejected."""
     folder, counts, quarantine = context.folder(stage.name), collections.Counter[str](), Quarantine()
@@ -299,23 +245,27 @@ def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
         quarantine.counts.update(record["quarantined"])
         quarantine.rows += [Rejected(*row) for row in record["rejected"]]
         shards += [record["shard"]] if record["shard"] else []
+    if quarantine.rows and not shards:
+        where, reason = quarantine.rows[0]
+        raise ConfigError(f"{stage.name}: nothing that was read gives a row: {where}: {reason}")
     kept = {*(shard["file"] for shard in shards), *(units.record(number).name for number in range(units.count))}
     for path in folder.glob("rows-*"):
         if path.name not in kept:  # of a longer text
             path.unlink()
+    provenance = [source.provenance() if hasattr(source, "provenance") else {} for source in stage.sources]
     manifest = write_manifest(
         folder,
         shards,
         units.format,
         tokenizer_fingerprint=context.tokenizer.fingerprint(),
-        source={"settings": to_json(stage.sources)},
+        source={"settings": to_json(stage.sources), "provenance": provenance},
         counts=counts,
         quarantined=quarantine.counts,
     )
     files = [folder / MANIFEST, *(folder / shard["file"] for shard in shards), *quarantine.write(folder)]
     facts = {"rows": manifest["rows"], **counts}
     if quarantine.counts:
-        facts["quarantined"] = quarantine.counts.total()
+        facts["set aside"] = quarantine.counts.total()
     return files, facts
 
 

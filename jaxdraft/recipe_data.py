@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxdraft.errors import ConfigError
 
@@ -65,6 +65,8 @@ class TrainTokenizer(Stage):
 class Prepare(Stage):
     """Text -> packed rows of fixed length: tokenise, append EOS, concatenate, cut (Direct Alignment, A.4).
 
+    With ``labels`` conversations become rows instead.
+
     All processes of a run take part, each on a part of the text; the rows depend on neither their number nor that of
     ``workers``.
 
@@ -73,6 +75,9 @@ class Prepare(Stage):
       length: tokens per row.
       tokens: how many the rows hold, ``5e9`` for FastDraft's 5 BT: ``tokens // length`` rows of the first documents.
         ``None`` takes all text.
+      labels: ``None`` packs documents. Else the sources' ``conversations()`` are packed, in the words of the target's
+        chat template and each whole in a row: FastDraft's arm of original answers, and ordinary fine-tuning.
+        ``"assistant"`` has the assistant's turns as labels, ``"all"`` every token.
       segments: documents of a row are kept apart: attention does not see the one before, positions begin anew, and no
         document's first token is a label, as it is when the draft will be used. ``False`` is plain concatenation: a row
         is one text, whose positions run over the document ends in it, and a document is predicted from what happens to
@@ -85,12 +90,21 @@ class Prepare(Stage):
     length: int
     tokens: float | None = None
     segments: bool = True
+    labels: Literal["assistant", "all"] | None = None
     workers: int | None = dataclasses.field(default=None, compare=False)
     keeps_parts: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.length < 2:
             raise ConfigError(f"{self.name}: length is {self.length}: a row needs at least 2 tokens")
+        if self.labels is not None and not self.segments:
+            raise ConfigError(f"{self.name}: segments is False: conversations (labels={self.labels!r}) are kept apart")
+        wanted, remedy = ("documents", "give labels") if self.labels is None else ("conversations", "leave labels out")
+        for source in self.sources:
+            if not callable(getattr(source, wanted, None)):
+                raise ConfigError(
+                    f"{self.name}: {type(source).__name__} has no {wanted}(): {remedy}, or another source"
+                )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"{self.name}: workers is {self.workers}: it must be at least 1")
         if self.tokens is not None:

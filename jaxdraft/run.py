@@ -28,7 +28,7 @@ from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
-from jaxdraft.stages import EXECUTE, ON_DEVICES, external_inputs
+from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.tracking import say
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
@@ -190,7 +190,7 @@ def _execute(plan: Plan, context: Context) -> str:
     execute = lambda: EXECUTE[type(stage)](stage, context)
     elapsed = lambda: round(record["seconds"] + time.perf_counter() - began, 3)
     try:
-        if isinstance(stage, ON_DEVICES):
+        if isinstance(stage, TOGETHER):
             files, summary = execute()
             return on_lead(lambda: _closed(record, files, summary, elapsed(), context))
         return on_lead(lambda: _closed(record, *execute(), elapsed(), context))
@@ -203,7 +203,7 @@ def _execute(plan: Plan, context: Context) -> str:
 
 def _fetch_inputs(stage: Stage, context: Context) -> None:
     """Brings what a stage reads to every process that takes part in it."""
-    takes_part = is_lead() or isinstance(stage, ON_DEVICES)
+    takes_part = is_lead() or isinstance(stage, TOGETHER)
     names = context.recipe.needs(stage) if takes_part else ()
     together(lambda: list(map(context.home.fetch, names)))
 

@@ -202,7 +202,7 @@ EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
     Export: run_export,
 }
 
-ON_DEVICES = (Prepare, Train, Generate, Score, Evaluate)
+TOGETHER = (Prepare, Train, Generate, Score, Evaluate)
 """What all processes do together; the lead alone does the rest. Files and facts are the lead's."""
 
 

@@ -106,6 +106,9 @@ class _SentencePieceBackend:
     def _encode(self, text: str) -> list[int]:
         """Text after an added token gets SentencePiece's leading space again, as in published `tokenizer.json`s."""
         ids: list[int] = []
+        if not any(content in text for content in self._contents.values()):  # far quicker than the search below
+            ids = self._model.encode(text)
+            return ids
         start = 0
         for match in self._splitter.finditer(text):
             assert match.lastindex
@@ -169,11 +172,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> list[list[int]]:
         """`encode` of many texts, in parallel where the library can."""
+        batch = self._backend.encode_batch(texts)
         if self.adds_bos if bos is None else bos:
             if self.bos_id is None:
                 raise ConfigError(f"{self.folder}: BOS was asked for, but the tokenizer names no bos_token")
-            return [[self.bos_id, *ids] for ids in self._backend.encode_batch(texts)]
-        return self._backend.encode_batch(texts)
+            for ids in batch:
+                ids.insert(0, self.bos_id)
+        return batch
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._backend.decode(ids, skip_special)

@@ -15,14 +15,16 @@ import pyarrow.parquet
 import pytest
 
 from jaxdraft import prepare
+from jaxdraft.data import chunks
+from jaxdraft.data.conversations import Conversation, labelled
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.data.records import PackedRows
 from jaxdraft.data.sources import Text
 from jaxdraft.data.stdlib import PythonLibrary
 from jaxdraft.errors import ConfigError
-from jaxdraft.recipe import Prepare, Subset
+from jaxdraft.recipe import HFModel, Prepare, Subset
 from jaxdraft.run import plan_all, run
-from jaxdraft.tokenizers import load_tokenizer
+from jaxdraft.tokenizers import ChatTemplateError, load_tokenizer
 from tests.distributed import layouts
 from tests.tiny_recipe import recipe as tiny
 
@@ -62,8 +64,8 @@ def folder(begun, tmp_path):
 @pytest.fixture
 def small_units(monkeypatch):
     """Units of about 8000 characters: the file is some 20 of them."""
-    monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 2000)
-    monkeypatch.setattr(prepare, "UNIT_CHUNKS", 4)
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(chunks, "UNIT_CHUNKS", 4)
 
 
 def prepared(folder, *stages, only=None):
@@ -101,10 +103,13 @@ def test_any_number_of_workers_gives_the_same_bytes(folder, small_units):
 def test_the_rows_are_the_texts_cut_in_each_unit(folder, small_units, texts):
     rows = prepared(folder, corpus(folder / "text.jsonl"))
     tokenizer = load_tokenizer(folder / "run" / "tokenizer")
-    units = itertools.groupby(prepare.chunks([Text(str(folder / "text.jsonl"))]), lambda chunk: chunk.unit)
+    units = itertools.groupby(
+        chunks.chunks([Text(str(folder / "text.jsonl"))], chunks.Documents(tokenizer, LENGTH, True)),
+        lambda chunk: chunk.unit,
+    )
     expected, dropped = [], 0
     for _, unit in units:
-        stream = [t for chunk in unit for text in chunk.texts for t in [*tokenizer.encode(text), tokenizer.eos_id]]
+        stream = [t for chunk in unit for text in chunk.items for t in [*tokenizer.encode(text), tokenizer.eos_id]]
         kept = len(stream) // LENGTH * LENGTH
         expected += stream[:kept]
         dropped += len(stream) - kept
@@ -141,9 +146,10 @@ def test_a_run_that_was_killed_goes_on_where_it_was(folder, small_units):
 KILLED = """
 import os, signal
 from jaxdraft import prepare
+from jaxdraft.data import chunks
 from jaxdraft.run import run
 from tests.test_prepare import corpus, recipe
-prepare.CHUNK_CHARACTERS, prepare.UNIT_CHUNKS = 2000, 4
+chunks.CHUNK_CHARACTERS, chunks.UNIT_CHUNKS = 2000, 4
 shards, whole = [], prepare.write_shard
 def write_shard(path, blocks, format):
     shards.append(path)
@@ -238,7 +244,7 @@ def test_what_does_not_fit_is_counted_and_written_down(folder, small_units, toke
         assert counts.keys() == {"reason 0", "reason 1"}
         assert sum(counts.values()) == len(lines)
         record = json.loads((folder / "run" / "corpus" / "stage.json").read_text())
-        assert record["summary"]["quarantined"] == len(lines)
+        assert record["summary"]["set aside"] == len(lines)
         assert "quarantine.jsonl" in record["outputs"]
         shutil.rmtree(folder / "run" / "corpus")
     assert found[0] == found[1]
@@ -305,6 +311,61 @@ def test_samples_nest(folder, small_units):
         prepared(folder, corpus(folder / "text.jsonl"), Subset("more", data="corpus", tokens=1e9))
 
 
+@dataclasses.dataclass(frozen=True)
+class Dialogues:
+    """A hundred conversations, of which every tenth is of no use."""
+
+    def conversations(self):
+        for i in range(100):
+            turns = [("user", f"What is {i} + {i}?"), ("assistant", f"It is {2 * i}." * (i % 5 + 1))]
+            turns += [("user", "And now?"), ("assistant", "The same.")] if i % 3 else []
+            turns = turns[1:] if i % 10 == 9 else turns
+            yield Conversation(str(i), tuple({"role": role, "content": content} for role, content in turns))
+
+    def fingerprint(self):
+        return "the same"
+
+
+@pytest.mark.parametrize("labels", ["assistant", "all"])
+def test_conversations_stay_whole(shared_data, tmp_path, small_units, labels):
+    phi = HFModel(str(shared_data / "tokenizers" / "phi3-mini"))
+    stage = Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels=labels)
+    whole = recipe(stage)
+    target = whole.stage("target")
+    target = dataclasses.replace(target, model=dataclasses.replace(target.model, eos_ids=(32007, 32000)))
+    whole = dataclasses.replace(whole, tokenizer=phi, stages=(stage, target))
+    for name in ("one", "two"):
+        run(whole, tmp_path / name / "run", only=["corpus"])
+        whole = dataclasses.replace(whole, stages=(dataclasses.replace(stage, workers=1), target))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+    tokenizer, rows = load_tokenizer(phi.path), PackedRows(tmp_path / "one" / "run" / "corpus")
+    expected, refused = [], 0
+    for conversation in Dialogues().conversations():
+        try:
+            expected.append(labelled(tokenizer, conversation.messages, labels, eos_ids=(32007, 32000)))
+        except ChatTemplateError:
+            refused += 1
+    found = []
+    for i in range(len(rows)):
+        row = rows[i]
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            place = row["segment_ids"] == segment
+            found.append((row["tokens"][place].tolist(), row["loss_mask"][place].tolist()))
+    assert sorted(found) == sorted((tokens, [0, *mask[1:]]) for tokens, mask in expected)
+    assert rows.manifest["counts"]["examples"] == len(expected)
+    assert sum(rows.manifest.get("quarantined", {}).values()) == refused == (10 if labels == "assistant" else 0)
+
+
+def test_conversations_are_asked_for_where_there_are_some():
+    with pytest.raises(ConfigError, match=r"corpus: Text has no conversations\(\): leave labels out"):
+        corpus("text.jsonl", labels="assistant")
+    with pytest.raises(ConfigError, match=r"corpus: Dialogues has no documents\(\): give labels"):
+        Prepare("corpus", sources=(Dialogues(),), length=LENGTH)
+    with pytest.raises(ConfigError, match="segments is False"):
+        Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="all", segments=False)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
     recipe_file = tmp_path / "recipe.py"
@@ -321,10 +382,10 @@ def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
 NAMES = ("all", "some", "few", "too-many", "of-all")
 PROCESSES = """
 import dataclasses
-from jaxdraft import prepare
+from jaxdraft.data import chunks
 from jaxdraft.recipe import Subset
 from tests.test_prepare import LENGTH, Patchy, corpus, recipe as with_tokenizer
-prepare.CHUNK_CHARACTERS, prepare.UNIT_CHUNKS = 2000, 4
+chunks.CHUNK_CHARACTERS, chunks.UNIT_CHUNKS = 2000, 4
 
 def recipe():
     budgets = {{"all": None, "some": 150 * LENGTH, "few": 7 * LENGTH, "too-many": 1e9}}
