@@ -247,3 +247,11 @@ def test_rows_are_put_into_their_group():
     np.testing.assert_array_equal(filled["length"], [2, 0, 1, 0, 3, 0])
     np.testing.assert_array_equal(filled["cache"][:, 0, 0, 0], filled["length"])
     assert jax.tree.map(jnp.shape, empty(new, 6)) == {"length": (6,), "cache": (6, 1, 2, 1)}
+
+
+def test_rows_are_put_in_where_the_cache_lies():
+    state, new = ({"cache": jax.ShapeDtypeStruct((rows, 2, 10_000, 8), jnp.float32)} for rows in (8, 1))
+    memory = insert.lower(state, new, jnp.zeros((1, 1), jnp.int32)).compile().memory_analysis()
+    held = 4 * 8 * 2 * 10_000 * 8
+    assert memory.alias_size_in_bytes >= held
+    assert memory.temp_size_in_bytes < held / 4
