@@ -3,8 +3,8 @@
     jaxdraft run chat_target --workdir runs/chat --set tokenizer.path=FOLDER --set eos_ids=32000,32007 \\
         --set alpaca.path=INSTRUCTIONS.json --set oasst.path=TREES.jsonl --set text.path=TEXT.txt
 
-Trained on text and on conversations in the tokenizer's chat template, so that it takes a turn, answers and ends; what it
-says is not worth reading. ``eos_ids`` are the tokens that end a turn or a text, the tokenizer's own among them: here
+Trained on text and on conversations in the tokenizer's chat template, so that it takes a turn, answers and ends; what
+it says is not worth reading. ``eos_ids`` are the tokens that end a turn or a text, the tokenizer's own among them: here
 Phi-3's ``<|endoftext|>`` and ``<|end|>``. Other recipes take it as ``--set target.path=runs/chat/target/model``. Three
 minutes on two cores with a vocabulary of 32,000.
 """
@@ -27,7 +27,15 @@ def recipe(
     eos_ids: tuple[int, ...] = (2,),
     steps: int = 300,
 ):
-    shape = {"hidden_size": 96, "intermediate_size": 256, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+    model = ModelConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        max_positions=4096,
+        eos_ids=eos_ids,
+    )
     return Recipe(
         title="A small target that chats",
         tokenizer=tokenizer,
@@ -38,7 +46,7 @@ def recipe(
             Prepare("conversations", sources=(alpaca, oasst), length=LENGTH, labels="assistant"),
             Train(
                 "target",
-                model=ModelConfig(**shape, eos_ids=eos_ids, max_positions=4096),
+                model=model,
                 data={"conversations": 0.75, "corpus": 0.25},
                 loss=CrossEntropy(),
                 steps=steps,
