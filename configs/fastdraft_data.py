@@ -43,7 +43,6 @@ def recipe(
     tinystories: Corpus = Corpus("tinystories", split="validation"),  # noqa: B008
     scale: float = 1.0,
 ):
-    responses = {"temperatures": (0.0, 0.6, 0.8, 1.0), "top_p": 1.0, "max_new_tokens": ANSWER, "batch_size": 64}
     return Recipe(
         title="FastDraft: the data",
         description="Text, code and the alignment set of arXiv 2411.11055, sections 4.1 and 5.1 to 5.4.",
@@ -63,7 +62,15 @@ def recipe(
                 length=LENGTH,
                 batch_size=64,
             ),
-            Generate("responses", prompts=(alpaca, oig, evol, Written("instructions")), length=LENGTH, **responses),
+            Generate(
+                "responses",
+                prompts=(alpaca, oig, evol, Written("instructions")),
+                temperatures=(0.0, 0.6, 0.8, 1.0),
+                top_p=1.0,
+                max_new_tokens=ANSWER,
+                length=LENGTH,
+                batch_size=64,
+            ),
             Prepare("originals", sources=(oig,), length=LENGTH, labels="assistant"),
             Generate(
                 "probe",

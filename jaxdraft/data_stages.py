@@ -26,9 +26,8 @@ Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's
 def run_train_tokenizer(stage: TrainTokenizer, context: Context) -> Outputs:
     folder, quarantine = context.folder(stage.name), Quarantine()
     train_sentencepiece(_documents(stage, quarantine), folder, stage.vocab_size)
-    quarantine.write(folder / "quarantine.jsonl")
     rejected = {"set aside": quarantine.counts.total()} if quarantine.counts else {}
-    return [*tokenizer_files(folder), *folder.glob("quarantine.jsonl")], {"vocab_size": stage.vocab_size, **rejected}
+    return [*tokenizer_files(folder), *quarantine.write(folder)], {"vocab_size": stage.vocab_size, **rejected}
 
 
 def run_score(stage: Score, context: Context) -> Outputs:

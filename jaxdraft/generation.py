@@ -39,8 +39,6 @@ from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.tracking import progress_bar, say
 
-QUARANTINE = "quarantine.jsonl"
-
 Line = dict[str, Any]  # of a shard
 Place = tuple[int, int]  # a question's shard among those at hand, and its line there
 
@@ -68,7 +66,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         account = answers.account(shards, quarantine.counts, _generator(stage, context))
         _check(stage.name, account)
         write_json(folder / ACCOUNT, account)
-        quarantine.write(folder / QUARANTINE)
+        made = [*(path for shard in shards for path in shard.files), folder / ACCOUNT, *quarantine.write(folder)]
 
     counts: collections.Counter[str] = collections.Counter()
     eos_ids = context.draft_config().eos_ids
@@ -81,8 +79,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         collections.deque(rows, maxlen=0)  # takes part in the scoring, and writes nothing
         return [], {}
     files, summary = write_packed(stage.name, rows, stage.length, _source(stage, context), counts, context, stored)
-    made = [*(path for shard in shards for path in shard.files), folder / ACCOUNT, *files]
-    return made + [path for path in (folder / QUARANTINE,) if path.exists()], {**_facts(account, usage), **summary}
+    return [*made, *files], {**_facts(account, usage), **summary}
 
 
 class _Writing(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdraft.data.quarantine import QUARANTINE
 from jaxdraft.data.records import MANIFEST, PackedRows
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.evaluate.figures import decoding
@@ -22,7 +23,7 @@ from jaxdraft.inspect import print_facts, printable
 from jaxdraft.models.hub import model_folder
 from jaxdraft.tokenizers import Tokenizer, common_prefix, load_tokenizer
 
-_ACCOUNT, _QUARANTINE = "answers.json", "quarantine.jsonl"
+_ACCOUNT = "answers.json"
 _WITH_ROWS = ("Prepare", "Subset", "Generate", "Score")
 _SET_ASIDE = 5  # rows of the quarantine that are shown
 _DIM, _PLAIN = "\033[2m", "\033[0m"
@@ -47,20 +48,20 @@ def inspect_stage(home: Home, name: str, count: int, seed: int) -> None:
     recipe = _read_json(home.folder / "recipe.json")
     kind = _finished(home, name, recipe["stages"])
     tokenizer = _tokenizer(home, recipe)
-    home.fetch(name, (MANIFEST, _ACCOUNT, _QUARANTINE))
+    home.fetch(name, (MANIFEST, _ACCOUNT, QUARANTINE))
     folder, rng = home.folder / name, np.random.default_rng(seed)
     if _read_json(folder / MANIFEST)["tokenizer"] != tokenizer.fingerprint():
         raise ConfigError(f"{folder} was made with another tokenizer than {tokenizer.folder} holds now")
     if kind == "Generate":
         account = _read_json(folder / _ACCOUNT)
         print_facts(_account(account))
-        _print_set_aside(folder / _QUARANTINE)
+        _print_set_aside(folder / QUARANTINE)
         _print_answers(home, name, account["shards"], tokenizer, rng, count)
     else:
         home.fetch(name)
         packed = PackedRows(folder, verify=False)  # the hash of every shard is a lot to wait for
         print_facts(_rows(packed.manifest))
-        _print_set_aside(folder / _QUARANTINE)
+        _print_set_aside(folder / QUARANTINE)
         _print_rows(packed, tokenizer, rng, count)
 
 

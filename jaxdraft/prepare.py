@@ -46,7 +46,6 @@ from jaxdraft.settings import to_json
 from jaxdraft.tracking import progress_bar, say
 
 Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
-QUARANTINE = "quarantine.jsonl"
 TIMING = "timing.jsonl"
 
 
@@ -263,8 +262,7 @@ def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
         counts=counts,
         quarantined=quarantine.counts,
     )
-    quarantine.write(folder / QUARANTINE)
-    files = [folder / MANIFEST, *(folder / shard["file"] for shard in shards), *folder.glob(QUARANTINE)]
+    files = [folder / MANIFEST, *(folder / shard["file"] for shard in shards), *quarantine.write(folder)]
     facts = {"rows": manifest["rows"], **counts}
     if quarantine.counts:
         facts["set aside"] = quarantine.counts.total()

@@ -258,7 +258,7 @@ class _Client:
     def _read(self, question: Question, choice: dict[str, Any], usage: dict[str, Any]) -> Reply:
         key, prompt = question.key, question.prompt
         message, finish = choice.get("message") or {}, choice.get("finish_reason")
-        if usage.get("prompt_tokens", len(prompt.tokens)) != len(prompt.tokens):
+        if usage.get("prompt_tokens") not in (None, len(prompt.tokens)):
             return Reply(key, error="the server makes other tokens of the prompt than the target's tokenizer")
         if message.get("reasoning_content") or message.get("reasoning") or message.get("tool_calls"):
             return Reply(key, error="the server takes the answer apart: serve without parsers of reasoning and tools")
@@ -266,7 +266,7 @@ class _Client:
             return Reply(key, error=f"the server ended the answer with {finish!r}")
         tokens = choice.get("token_ids")
         if not tokens:
-            written = usage.get("completion_tokens", 0) - (finish == "stop")
+            written = (usage.get("completion_tokens") or 0) - (finish == "stop")
             tokens = self._encoded(prompt, choice.get("text") or message.get("content") or "", written)
         if tokens is None:
             return Reply(key, error="the server reports no token ids, and the answer's text does not tell them")
@@ -285,10 +285,10 @@ class _Client:
         space and in a conversation, where the chat template says how an answer follows, and else nothing is guessed.
         """
         texts = [text, f" {text}"] if self._loses_space and not text[:1].isspace() else [text]
-        found = [tokens for text in texts if (tokens := self._behind(prompt, text)) is not None]
-        fits = [tokens for tokens in found if len(tokens) == written]
-        if prompt.messages is not None or prompt.text[-1:].isspace() or len(found) == 1:
-            fits = [*fits, *found][:1]
+        found = [self._behind(prompt, text) for text in texts]
+        fits = [tokens for tokens in found if tokens is None or len(tokens) == written]
+        if prompt.messages is not None or prompt.text[-1:].isspace() or len(texts) == 1:
+            return next((tokens for tokens in [*fits, *found] if tokens is not None), None)
         return fits[0] if len(fits) == 1 else None
 
     def _behind(self, prompt: Prompt, text: str) -> list[int] | None:

@@ -1,4 +1,5 @@
-"""How full a stream keeps its batch, and what that and a draft bring beside batches that run to their end.
+"""How full a stream keeps its batch, what that and a draft bring beside batches that run to their end, and what it
+costs to keep the model's 32 most likely tokens.
 
     python -m tests.benchmark_generate
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdraft.decode import Request, Usage, generate_batches, stream
+from jaxdraft.decode import Keep, Request, Usage, generate_batches, stream
 from jaxdraft.models import Decoder, ModelConfig, for_decoding, init_params
 
 SHORTEST, LONGEST, BLOCK_SIZE = 8, 256, 3
@@ -72,12 +73,19 @@ class Run(NamedTuple):
     usage: Usage
 
 
-def streamed(target, draft, batch_size, asked):
+def streamed(target, draft, keep, batch_size, asked):
     usage, began = Usage(), time.perf_counter()
     found = stream(
-        *target, asked, batch_size=batch_size, longest=LONGEST, draft=draft, block_size=BLOCK_SIZE, usage=usage
+        *target,
+        asked,
+        batch_size=batch_size,
+        longest=LONGEST,
+        draft=draft,
+        block_size=BLOCK_SIZE,
+        keep=keep,
+        usage=usage,
     )
-    texts = {request.key: tokens for request, tokens in found}
+    texts = {finished.request.key: finished.tokens for finished in found}
     return Run(time.perf_counter() - began - usage.compiling, texts, usage)
 
 
@@ -99,8 +107,9 @@ def compare(batch_size, count, rounds):
     target, draft, asked = model(TARGET, 0), model(DRAFT, 1), requests(count)
     forms = {
         "in batches": functools.partial(in_batches, target, batch_size),
-        "stream": functools.partial(streamed, target, None, batch_size),
-        "with a draft": functools.partial(streamed, target, draft, batch_size),
+        "stream": functools.partial(streamed, target, None, None, batch_size),
+        "top 32 kept": functools.partial(streamed, target, None, Keep(32), batch_size),
+        "with a draft": functools.partial(streamed, target, draft, None, batch_size),
     }
     for run in forms.values():
         run([Request(0, [1], LONGEST, 1.0)])  # compiles
@@ -118,6 +127,10 @@ def compare(batch_size, count, rounds):
         print(f"  {name:<13} {rate:7,.0f} tokens/s, {statistics.median(ratios):.2f} times batches' {ratios}")
     alone, drafted = runs["stream"][0].usage, runs["with a draft"][0].usage
     print(f"  stream: {alone.busy:.1%} of the rows busy in {alone.steps} steps, {alone.prefills} prefills")
+    kept = sorted(
+        run.seconds / plain.seconds - 1 for run, plain in zip(runs["top 32 kept"], runs["stream"], strict=True)
+    )
+    print(f"  top 32 kept: {statistics.median(kept):+.1%} time {kept}")
     host = statistics.median(1 - run.usage.waiting / run.seconds for run in runs["stream"])
     print(f"  stream: {host:.1%} of the time the host does not wait for the device")
     print(f"  with a draft: {drafted.tokens / drafted.useful:.2f} tokens per run of the target", flush=True)

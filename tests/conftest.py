@@ -92,7 +92,7 @@ class MadeRun:
         for shard in shards:
             answers.commit(shard, [self._line(question, answer(question)) for question in shard.questions], generator)
         write_json(folder / answers.ACCOUNT, answers.account(shards, quarantine.counts, generator))
-        quarantine.write(folder / "quarantine.jsonl")
+        quarantine.write(folder)
         examples = answers.examples(shards, lambda question: [0] * len(question.prompt.tokens))
         self._write_rows(folder, list(pack_whole(examples, 64)))
         return folder

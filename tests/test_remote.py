@@ -5,6 +5,7 @@ put one on PATH. Neither is in the lock file; without them these tests are skipp
 """
 
 import contextlib
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.cli import main
+from jaxdraft.data.named import Corpus
 from jaxdraft.data.prompts import PromptFile
 from jaxdraft.data.sources import Text
 from jaxdraft.errors import ConfigError
@@ -164,6 +166,18 @@ def test_text_in_a_bucket_is_read_through_a_copy(url):
     assert Text(f"{url}/text").fingerprint() != before
     with pytest.raises(ConfigError, match="nothing is there"):
         Text(f"{url}/texts").files()
+
+
+def test_contents_named_by_their_ids_come_once(url):
+    rows = {"files": [{"blob_id": f"b{i}", "path": f"{i}.py", "src_encoding": "UTF-8"} for i in range(3)]}
+    write(url, "stack/data/train-0.jsonl", json.dumps(rows))
+    for i in range(2):
+        write(url, f"contents/b{i}", gzip.compress(f"print({i})\n".encode()))
+    corpus = Corpus("stack-v2-smol", f"{url}/stack/data/*.jsonl", contents=f"{url}/contents")
+    texts = [item if isinstance(item, str) else item.reason for item in corpus.documents()]
+    assert texts == ["print(0)\n", "print(1)\n", "content not found"]
+    Bucket(f"{url}/contents").remove("b0")
+    assert next(corpus.documents()) == "print(0)\n"
 
 
 def test_what_has_been_copied_is_not_copied_again(url):

@@ -2,7 +2,9 @@
 
 Direct Alignment (arXiv 2403.00858) answers OIG-small-chip2 and OpenAssistant, and measures on Dolly, XSum,
 CNN/DailyMail and WMT18; FastDraft (arXiv 2411.11055) trains on FineWeb and The Stack v2, answers Alpaca,
-OIG-small-chip2 and Evol-Instruct, and measures on CNN/DailyMail, TinyStories, Dolly and HumanEval.
+OIG-small-chip2 and Evol-Instruct, and measures on CNN/DailyMail, TinyStories, Dolly and HumanEval. Neither prints its
+prompts: summaries are asked for in T0's words (arXiv 2110.08207), instructions without a chat template in Stanford
+Alpaca's, and translations and functions in our own.
 """
 
 import math
@@ -95,7 +97,7 @@ def instruction_text(messages: Iterable[Message], context: str = "") -> str:
     return "\n\n".join([*parts, "### Response:"])
 
 
-def rendered(value: Any) -> Iterator[Example]:
+def prompt_as_text(value: Any) -> Iterator[Example]:
     """The example in a row of the columns ``RENDERED``."""
     text = text_of(value, "prompt")
     answer = next((_optional(value, name) for name in RENDERED[1:4] if value.get(name)), None)
@@ -128,8 +130,10 @@ def _function(value: Any) -> Iterator[Example]:
 
 def _translation(value: Any) -> Iterator[Example]:
     """`{"translation": {"de", "en"}}`, or `{"source", "reference"}`, as translations are passed around in files."""
-    pair = value.get("translation", value) if isinstance(value, dict) else value
-    source, target = ("source", "reference") if isinstance(pair, dict) and "source" in pair else ("de", "en")
+    pair = value.get("translation", value)
+    if not isinstance(pair, dict):
+        raise Misfit(f"field 'translation' is {type(pair).__name__}, not an object")
+    source, target = ("source", "reference") if "source" in pair else ("de", "en")
     text = text_of(pair, source).strip()
     asked = f"Translate the following sentence from German to English:\n\n{text}"
     yield Example(_user(asked), f"German: {text}\nEnglish:", _optional(pair, target))
@@ -140,16 +144,14 @@ def _tree(value: Any) -> Iterator[Example | Misfit]:
 
     The answer is the one that was ranked first. The tree's whole conversation follows the best replies from its root.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), dict):
-        raise Misfit("not a message tree")
-    return _turns(value["prompt"], (), None, True)
+    return _turns(value.get("prompt"), (), None, True)
 
 
 def _turns(
     message: Any, before: tuple[Message, ...], unfit: str | None, on_best_path: bool
 ) -> Iterator[Example | Misfit]:
     unfit = unfit or _unfit(message)
-    best = _best_reply(message)
+    replies, best = _replies(message), _best_reply(message)
     by_prompter = message.get("role") == "prompter"
     role = "user" if by_prompter else "assistant"
     messages = (*before, {"role": role, "content": text_of(message, "text").strip()})
@@ -164,11 +166,13 @@ def _turns(
             text_of(message, "message_id"),
             is_whole=on_best_path and bool(best or not before) and not (following and _best_reply(following)),
         )
-    for reply in message.get("replies") or ():
+    for reply in replies:
         yield from _turns(reply, messages, unfit, on_best_path and reply is best)
 
 
 def _unfit(message: Any) -> str | None:
+    if not isinstance(message, dict):
+        raise Misfit("not a message tree")
     if message.get("deleted"):
         return "deleted"
     if message.get("review_result") is False:
@@ -176,10 +180,18 @@ def _unfit(message: Any) -> str | None:
     return None if message.get("lang") == _ENGLISH else "not in English"
 
 
+def _replies(message: Any) -> list[Any]:
+    replies = message.get("replies") or []
+    if not isinstance(replies, list):
+        raise Misfit("not a message tree")
+    return replies
+
+
 def _best_reply(message: Any) -> Any:
     """The reply that fits and was ranked first, or came first where none was ranked; None where there is none."""
-    fit = [reply for reply in message.get("replies") or () if not _unfit(reply)]
-    return min(fit, key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"], default=None)
+    fit = [reply for reply in _replies(message) if not _unfit(reply)]
+    ranks = [reply["rank"] if isinstance(reply.get("rank"), int) else math.inf for reply in fit]
+    return fit[ranks.index(min(ranks))] if fit else None
 
 
 def _user(content: str) -> tuple[Message, ...]:

@@ -8,6 +8,9 @@ import concurrent.futures
 import functools
 import gzip
 import itertools
+import os
+import re
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,8 +19,9 @@ from typing import Any
 from jaxdraft.data.quarantine import Misfit, Rejected
 from jaxdraft.data.readers import Row, text_of
 from jaxdraft.errors import ConfigError
-from jaxdraft.remote import Bucket, is_url
+from jaxdraft.remote import Bucket, cache_folder, is_url
 
+_ID = re.compile(r"\w+")
 _AT_ONCE = 32  # contents under way from a bucket
 _WINDOW = 256  # contents that are waited for together
 
@@ -26,7 +30,7 @@ def contents_of(rows: Iterable[Row | Rejected], place: str) -> Iterator[str | Re
     """The content of every file that the rows name, in their order.
 
     Args:
-      place: the folder that holds the contents, here or in a bucket.
+      place: the folder that holds the contents, here or in a bucket; what came from a bucket is kept in the cache.
 
     Raises:
       ConfigError: there is no such bucket, or the package for it is missing.
@@ -54,8 +58,13 @@ def _files(rows: Iterable[Row | Rejected]) -> Iterator[Row | Rejected]:
         if isinstance(row, Rejected) or not isinstance(row.value, dict) or "files" not in row.value:
             yield row
             continue
-        for file in row.value["files"] or ():
-            yield row._replace(where=f"{row.where}: {file.get('path') or file.get('blob_id')}", value=file)
+        files = row.value["files"]
+        if not isinstance(files, list):
+            yield Rejected(row.where, f"field 'files' is {type(files).__name__}, not a list")
+            continue
+        for number, file in enumerate(files):
+            name = file.get("path") if isinstance(file, dict) else None
+            yield row._replace(where=f"{row.where}: {name or f'file {number}'}", value=file)
 
 
 def _content(file: Any, fetch: Callable[[], Callable[[str], bytes | None]]) -> str:
@@ -67,7 +76,10 @@ def _content(file: Any, fetch: Callable[[], Callable[[str], bytes | None]]) -> s
         raise Misfit("generated")
     if file.get("content") is not None:
         return text_of(file, "content")
-    packed = fetch()(text_of(file, "blob_id"))
+    name = text_of(file, "blob_id")
+    if not _ID.fullmatch(name):  # it becomes part of a path
+        raise Misfit("field 'blob_id' is no id", name)
+    packed = fetch()(name)
     if packed is None:
         raise Misfit("content not found")
     encoding = file.get("src_encoding") or "UTF-8"
@@ -82,12 +94,23 @@ def _content(file: Any, fetch: Callable[[], Callable[[str], bytes | None]]) -> s
 def _fetcher(place: str) -> Callable[[str], bytes | None]:
     """What gives the bytes under a name, or None where there are none."""
     if is_url(place):
-        return Bucket(place).read
-
-    def read(name: str) -> bytes | None:
-        file = Path(place) / Path(name).name
-        return file.read_bytes() if file.is_file() else None
-
+        return functools.partial(_kept, Bucket(place), cache_folder() / "contents")
     if not Path(place).is_dir():
         raise ConfigError(f"{place}: no such folder of contents")
-    return read
+    return lambda name: _read(Path(place) / name)
+
+
+def _kept(bucket: Bucket, folder: Path, name: str) -> bytes | None:
+    """An object's bytes, from the cache if they are there: an id never means others."""
+    file = folder / name[:2] / name
+    content = _read(file)
+    if content is None and (content := bucket.read(name)) is not None:
+        partial = file.with_name(f"{name}.{os.getpid()}-{threading.get_ident()}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(file)
+    return content
+
+
+def _read(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None

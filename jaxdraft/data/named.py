@@ -10,11 +10,12 @@ With a recipe's argument `fineweb: Corpus = Corpus("fineweb")`, `--set fineweb.p
 import hashlib
 import itertools
 import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from jaxdraft.data.catalogue import CORPORA, PROMPTS, RENDERED, DataSet, Example, PromptSet, rendered
+from jaxdraft.data.catalogue import CORPORA, PROMPTS, RENDERED, DataSet, Example, PromptSet, prompt_as_text
 from jaxdraft.data.contents import contents_of
 from jaxdraft.data.conversations import Conversation
 from jaxdraft.data.prompts import Prompt
@@ -22,25 +23,17 @@ from jaxdraft.data.quarantine import Misfit, Rejected, first
 from jaxdraft.data.readers import Files, Row, is_one_place, text_of
 from jaxdraft.data.sources import documents_of
 from jaxdraft.errors import ConfigError, unknown_name
-from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 
 Form = Literal["chat", "plain"]
 
 _BATCH = 256  # prompts tokenised at once
-_TITLE = re.compile(r" = (?!= ).+ = ")  # " = = Section = = " is none
+_TITLE = re.compile(r" = (?!= ).+ =\s*")  # " = = Section = = " is none
 
 
 @dataclass(frozen=True)
 class _Named:
-    """
-    Attributes:
-      name: of the data set.
-      path: where it is read from instead of the hub: a folder with the files of its repository under their names
-        there, or a file or a glob, here or in a bucket.
-      revision: another commit on the hub than the catalogue's.
-      split: of its splits, another than the first.
-      limit: at most this many, the first that fit.
-    """
+    """An entry of the catalogue, and which of its rows."""
 
     name: str
     path: str | None = None
@@ -61,12 +54,16 @@ class _Named:
         return self.known[self.name]
 
     def files(self) -> Files:
-        """The files read, in order."""
+        """The files read, in order.
+
+        Raises:
+          ConfigError: there are none, or the hub cannot be reached.
+        """
         pattern = self._set.files[self.split or next(iter(self._set.files))]
         if self.path is not None:
             return Files(self.path if is_one_place(self.path) else f"{self.path.rstrip('/')}/{pattern}")
         revision = self.revision or self._set.revision
-        at = f"@{revision.replace('/', '%2F')}" if revision else ""
+        at = f"@{urllib.parse.quote(revision, safe='')}" if revision else ""
         return Files(f"hf://datasets/{self._set.repository}{at}/{pattern}")
 
     def fingerprint(self) -> str:
@@ -87,8 +84,15 @@ class _Named:
 class Corpus(_Named):
     """Documents of a data set: fineweb, stack-v2-smol, tinystories, wikitext-2 or c4.
 
+    From the hub, files are downloaded as they are read.
+
     Attributes:
-      name, path, revision, split, limit: see above; from the hub, files are downloaded as they are read.
+      name: of the data set.
+      path: where it is read from instead of the hub: a folder with the files of its repository under their names
+        there, or a file or a glob, here or in a bucket.
+      revision: another commit on the hub than the catalogue's.
+      split: of its splits, another than the first.
+      limit: at most this many, the first that fit.
       contents: of The Stack v2, which names its files by id: the folder, here or in a bucket, that holds the gzipped
         contents under their ids. None is Software Heritage's bucket, which needs AWS credentials and an agreement with
         them. Rows that hold their contents need none.
@@ -111,11 +115,11 @@ class Instructions(_Named):
     """Prompts of a data set: oig-small-chip2, oasst1, alpaca, evol-instruct, dolly, xsum, cnn-dailymail, humaneval or
     wmt18-de-en.
 
-    A prompt's id is the data set's own, or "alpaca:17" for its row 17, whatever else is read. What was asked before is
-    rejected. Rows of a file that hold a `prompt` as text, perhaps with its `reference`, are taken as they are.
+    A prompt's id is the data set's own, or "alpaca:17" for row 17 ("wmt18-de-en/train:17" where a split is named). What
+    was asked before is rejected. Rows that hold a `prompt` as text, perhaps a `reference` too, are taken as they are.
 
     Attributes:
-      name, path, revision, split, limit: see above.
+      name, path, revision, split, limit: as those of `Corpus`.
       max_tokens: a longer prompt is rejected.
       form: "chat" is the tokenizer's chat template, and "plain" a template in text for models without one: Stanford
         Alpaca's for instructions, those of T0 for summaries, HumanEval's own prompt.
@@ -151,15 +155,21 @@ class Instructions(_Named):
     def _prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
         items = self._asked()
         while batch := list(itertools.islice(items, _BATCH)):
-            asked = [item for item in batch if not isinstance(item, Rejected)]
-            chat = self.form == "chat"
-            texts = [
-                tokenizer.render([dict(message) for message in item.example.messages]) if chat else item.example.text
-                for item in asked
-            ]
-            encoded = iter(zip(texts, tokenizer.encode_batch(texts, bos=False if chat else None), strict=True))
-            for item in batch:
-                yield item if isinstance(item, Rejected) else self._prompt(item, *next(encoded))
+            rendered = [self._rendered(item, tokenizer) for item in batch]
+            texts = [each[1] for each in rendered if not isinstance(each, Rejected)]
+            encoded = iter(tokenizer.encode_batch(texts, bos=False if self.form == "chat" else None))
+            for each in rendered:
+                yield each if isinstance(each, Rejected) else self._prompt(*each, next(encoded))
+
+    def _rendered(self, item: "_Asked | Rejected", tokenizer: Tokenizer) -> "tuple[_Asked, str] | Rejected":
+        if isinstance(item, Rejected):
+            return item
+        try:
+            return item, item.example.text if self.form == "plain" else tokenizer.render(item.example.messages)
+        except ChatTemplateError as error:
+            return Rejected(item.where, str(error))
+        except ConfigError as error:
+            raise ConfigError(f'{error}; for {self.name}, form="plain"') from error
 
     def _prompt(self, item: "_Asked", text: str, tokens: list[int]) -> Prompt | Rejected:
         if self.max_tokens is not None and len(tokens) > self.max_tokens:
@@ -168,9 +178,10 @@ class Instructions(_Named):
         return Prompt(item.id, tuple(tokens), text, item.example.answer, messages)
 
     def _asked(self) -> Iterator["_Asked | Rejected"]:
-        """Every example once: a second one of the same words is rejected."""
+        """Every example once: a second one of the same words, or with the same id, is rejected."""
         found = PROMPTS[self.name]
-        seen: set[bytes] = set()
+        name = self.name if self.split is None else f"{self.name}/{self.split}"
+        seen: set[bytes | str] = set()
         for number, row in enumerate(self.files().rows((*found.columns, *RENDERED))):
             if isinstance(row, Rejected):
                 yield row
@@ -179,12 +190,13 @@ class Instructions(_Named):
                 if isinstance(item, Rejected):
                     yield item
                     continue
-                key = hashlib.sha256(repr(item.messages).encode()).digest()[:16]
-                if key in seen:
+                words = hashlib.sha256(repr(item.messages).encode()).digest()[:16]
+                id = f"{name}:{number}" if item.id is None else str(item.id)
+                if words in seen or id in seen:
                     yield Rejected(row.where, "duplicate")
                     continue
-                seen.add(key)
-                yield _Asked(f"{self.name}:{number}" if item.id is None else str(item.id), row.where, item)
+                seen |= {words, id}
+                yield _Asked(id, row.where, item)
 
 
 class _Asked(NamedTuple):
@@ -197,7 +209,7 @@ def _examples(found: PromptSet, row: Row) -> Iterator[Example | Rejected]:
     try:
         if not isinstance(row.value, dict):
             raise Misfit("not an object", type(row.value).__name__)
-        make = rendered if "prompt" in row.value and "prompt" not in found.columns else found.examples
+        make = prompt_as_text if "prompt" in row.value and "prompt" not in found.columns else found.examples
         for item in make(row.value):
             yield item.at(row.where) if isinstance(item, Misfit) else item
     except Misfit as misfit:
@@ -206,8 +218,8 @@ def _examples(found: PromptSet, row: Row) -> Iterator[Example | Rejected]:
 
 def _articles(rows: Iterable[Row | Rejected]) -> Iterator[Row | Rejected]:
     """Rows that are lines, or hold several, as articles; an article begins with a title that follows a blank line."""
+    start: Row | None = None
     lines: list[str] = []
-    start = None
     after_blank = True
     for row in rows:
         if isinstance(row, Rejected):
@@ -218,13 +230,16 @@ def _articles(rows: Iterable[Row | Rejected]) -> Iterator[Row | Rejected]:
         except Misfit as misfit:
             yield misfit.at(row.where)
             continue
-        for line in text.split("\n")[:-1] if text.endswith("\n") else text.split("\n"):
-            if after_blank and _TITLE.fullmatch(line.rstrip() + " "):
-                if start and any(map(str.strip, lines)):
-                    yield start._replace(value="\n".join(lines) + "\n")
-                lines, start = [], row
+        for line in text.removesuffix("\n").split("\n"):
+            if after_blank and _TITLE.fullmatch(line):
+                yield from _article(start, lines)
+                start, lines = row, []
             start = start or row
             after_blank = not line.strip()
             lines.append("" if after_blank else line)
-    if start and any(map(str.strip, lines)):
+    yield from _article(start, lines)
+
+
+def _article(start: Row | None, lines: list[str]) -> Iterator[Row]:
+    if start and any(lines):
         yield start._replace(value="\n".join(lines) + "\n")

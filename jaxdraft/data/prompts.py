@@ -12,7 +12,7 @@ from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.data.readers import files_fingerprint, read_jsonl
 from jaxdraft.errors import ConfigError
 from jaxdraft.remote import local_copy
-from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 
 _log = logging.getLogger(__name__)
 _FORMS = ("prompt", "messages", "tokens")
@@ -140,7 +140,10 @@ def read_prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prom
         tokens = tokenizer.encode(text)
     elif form == "messages":
         messages = tuple(_messages(_expect(row, "messages", list, where), where))
-        text = tokenizer.render(messages)
+        try:
+            text = tokenizer.render(messages)
+        except ChatTemplateError as error:
+            raise ConfigError(f"{where}: {error}") from None
         tokens = tokenizer.encode(text, bos=False)
     else:
         tokens = _expect(row, "tokens", list, where)

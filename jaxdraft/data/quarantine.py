@@ -10,6 +10,7 @@ from jaxdraft.errors import ConfigError
 
 T = TypeVar("T")
 
+QUARANTINE = "quarantine.jsonl"
 _HOPELESS = 100  # first rows of which at least one has to fit
 _KEPT = 10_000  # rows that are written down; all are counted
 
@@ -88,8 +89,15 @@ class Quarantine:
         if len(self.rows) < _KEPT:
             self.rows.append(row)
 
-    def write(self, path: Path) -> None:
-        """One JSON line for each of ``rows``, with where it is and why; no file where none was rejected."""
+    def write(self, folder: Path) -> list[Path]:
+        """Writes ``quarantine.jsonl``, a line for each of ``rows`` with where it is and why, where any was rejected.
+
+        Returns:
+          the files written: that one, or none.
+        """
+        path = folder / QUARANTINE
         path.unlink(missing_ok=True)
-        if self.rows:
-            path.write_text("".join(json.dumps(row._asdict()) + "\n" for row in self.rows), "utf-8")
+        if not self.rows:
+            return []
+        path.write_text("".join(json.dumps(row._asdict()) + "\n" for row in self.rows), "utf-8")
+        return [path]

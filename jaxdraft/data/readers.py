@@ -2,7 +2,7 @@
 
 A file that is damaged is a ConfigError; a row that cannot be read is ``Rejected``. ArrayRecord and gzip hold checksums
 of their contents. Parquet holds them only where it was written with ``write_page_checksum``: without, a flipped bit
-may go unseen, and only the fingerprint of the file tells.
+may go unseen, unless the file is the hub's, whose sha256 is known; the fingerprint of a source tells it too.
 """
 
 import fnmatch
@@ -60,12 +60,12 @@ class Files:
     """
 
     def __init__(self, place: str):
-        self.place = place
         self.commit: str | None = None
         self._fetch: Callable[[str], Path] = Path
         if hub := _HUB.fullmatch(place):
             repository, revision, pattern = hub[1], hub[2] and urllib.parse.unquote(hub[2]), hub[3] or ""
-            commit, names = list_dataset(repository, revision, pattern or "*")
+            below = pattern if is_one_place(pattern) else f"{pattern.rstrip('/')}/*".lstrip("/")
+            commit, names = list_dataset(repository, revision, below)
             self.commit, self._fetch = commit, lambda name: dataset_file(repository, commit, name)
             self.names = [name for name in names if _selects(pattern, name)]
         elif place.startswith("hf://"):

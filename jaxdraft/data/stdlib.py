@@ -11,7 +11,6 @@ import functools
 import hashlib
 import inspect
 import itertools
-import logging
 import re
 import sys
 import sysconfig
@@ -22,10 +21,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jaxdraft.data.prompts import Prompt
+from jaxdraft.data.quarantine import Rejected, first
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizers import Tokenizer
-
-_log = logging.getLogger(__name__)
 
 Part = Literal["text", "code", "instructions"]
 Kind = Literal["open", "summary", "code"]
@@ -116,7 +114,7 @@ class PythonTask:
       kind: one of the three, or "all" of them mixed.
       split: "seed" for `Generate`, "eval" for `Evaluate`; no text of either is in the "train" documents.
       limit: at most this many prompts, spread over the library.
-      max_tokens: a longer prompt is left out.
+      max_tokens: a longer prompt is rejected.
     """
 
     kind: Literal["open", "summary", "code", "all"] = "all"
@@ -128,17 +126,19 @@ class PythonTask:
         _check_choice("kind", self.kind, (*get_args(Kind), "all"))
         _check_choice("split", self.split, get_args(Split))
 
-    def prompts(self, tokenizer: Tokenizer) -> list[Prompt]:
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
         examples = [e for e in _examples() if e.split == self.split and self.kind in (e.kind, "all")]
         tokens = tokenizer.encode_batch([e.prompt for e in examples])
-        prompts = [
-            Prompt(f"{e.kind}:{e.name}", tuple(ids), e.prompt, e.response, extra={"task": e.kind})
-            for e, ids in zip(examples, tokens, strict=True)
-            if len(ids) <= self.max_tokens
-        ]
-        if len(prompts) < len(examples):
-            _log.info("left out %d prompts of more than %d tokens", len(examples) - len(prompts), self.max_tokens)
-        return prompts[: self.limit]
+
+        def each() -> Iterator[Prompt | Rejected]:
+            for example, ids in zip(examples, tokens, strict=True):
+                name = f"{example.kind}:{example.name}"
+                if len(ids) > self.max_tokens:
+                    yield Rejected(name, f"more than {self.max_tokens} tokens")
+                else:
+                    yield Prompt(name, tuple(ids), example.prompt, example.response, extra={"task": example.kind})
+
+        return first(each(), self.limit)
 
     def fingerprint(self) -> str:
         return _library_fingerprint()

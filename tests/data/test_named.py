@@ -11,6 +11,7 @@ import pytest
 
 from jaxdraft.data.catalogue import CORPORA, PROMPTS
 from jaxdraft.data.named import Corpus, Instructions
+from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.errors import ConfigError
 from jaxdraft.recipe_file import load_recipe
@@ -166,6 +167,26 @@ def test_prompts_and_conversations(tmp_path, tokenizer, name, file, rows, expect
     assert reasons(conversations) == rejected
 
 
+JUNK = [None, 3, True, "", "text", [], ["text"], [None], {}, {"text": 1}, {"replies": 1}, {"replies": [3]}]
+KEYS = ("replies", "text", "message_id", "de", "blob_id")
+
+
+@pytest.mark.parametrize("name", [*PROMPTS, "stack-v2-smol"])
+def test_rows_of_any_other_shape_are_rejected(tmp_path, tokenizer, name):
+    path = str(tmp_path / "rows.jsonl")
+    columns = (CORPORA | PROMPTS)[name].columns
+    nearly = [{"lang": "en", "text": "a", "role": "prompter", key: junk} for junk in JUNK for key in KEYS]
+    rows = [*JUNK, *(dict.fromkeys(columns, value) for value in (*JUNK, *nearly))]
+    put(tmp_path, "rows.jsonl", rows)
+    if name in CORPORA:
+        items = list(Corpus(name, path, contents=str(tmp_path)).documents())
+    else:
+        source = Instructions(name, path, form="plain")
+        items = [*source.prompts(tokenizer), *source.conversations()]
+    assert len(reasons(items)) > len(kept(items))
+    assert all(isinstance(item, Rejected | Prompt | tuple) for item in items)
+
+
 def message(id, role, text, replies=(), rank=None, **facts):
     settled = {"message_id": id, "text": text, "role": role, "lang": "en", "deleted": False, "review_result": True}
     return settled | {"rank": rank, "replies": list(replies)} | facts
@@ -229,6 +250,8 @@ def test_limits_splits_and_files(tmp_path, tokenizer):
     one = Instructions("xsum", str(tmp_path / "data" / "test-00001-of-00002.parquet"), form="plain")
     assert [prompt.id for prompt in one.prompts(tokenizer)] == ["2", "3"]
     assert one.fingerprint() != Instructions("xsum", **settings).fingerprint()
+    with pytest.raises(ConfigError, match=r'no chat template .* for xsum, form="plain"'):
+        list(Instructions("xsum", str(tmp_path)).prompts(tokenizer))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxdraft.data.prompts import read_prompts
 from jaxdraft.data.stdlib import PythonLibrary, PythonTask
 from jaxdraft.errors import ConfigError
 
@@ -43,7 +44,7 @@ def test_no_evaluated_answer_is_in_the_training_text(library, tokenizer):
     training = plain(" ".join(d for part in ("text", "code", "instructions") for d in library[part, "train"]))
     long_answers = [
         (prompt.id, answer)
-        for prompt in PythonTask("all", "eval", max_tokens=10_000).prompts(tokenizer)
+        for prompt in read_prompts(PythonTask("all", "eval", max_tokens=10_000), tokenizer)
         if prompt.reference and len(answer := plain(prompt.reference)) >= 100
     ]
     assert len(long_answers) > 100
@@ -52,7 +53,7 @@ def test_no_evaluated_answer_is_in_the_training_text(library, tokenizer):
 
 @pytest.mark.parametrize("kind, least", [("open", 200), ("summary", 40), ("code", 150)])
 def test_tasks(library, tokenizer, kind, least):
-    prompts = PythonTask(kind, "eval", max_tokens=200).prompts(tokenizer)
+    prompts = read_prompts(PythonTask(kind, "eval", max_tokens=200), tokenizer)
     assert len(prompts) >= least
     assert len({p.id for p in prompts}) == len(prompts)
     for prompt in prompts:
@@ -68,7 +69,7 @@ def test_what_a_task_asks(tokenizer):
     tasks = {
         p.id: (p.text, p.reference)
         for split in SPLITS
-        for p in PythonTask("all", split, max_tokens=10_000).prompts(tokenizer)
+        for p in read_prompts(PythonTask("all", split, max_tokens=10_000), tokenizer)
     }
     text, reference = tasks["open:queue.Queue.qsize"]
     assert text == (
@@ -86,9 +87,10 @@ def test_what_a_task_asks(tokenizer):
 
 def test_limits_are_prefixes(tokenizer):
     task = PythonTask("open", "seed", max_tokens=120)
-    assert PythonTask("open", "seed", limit=5, max_tokens=120).prompts(tokenizer) == task.prompts(tokenizer)[:5]
+    few = PythonTask("open", "seed", limit=5, max_tokens=120)
+    assert read_prompts(few, tokenizer) == read_prompts(task, tokenizer)[:5]
     assert len(list(PythonLibrary("code", limit=3).documents())) == 3
-    kinds = {p.extra["task"] for p in PythonTask("all", "seed", limit=60).prompts(tokenizer)}
+    kinds = {p.extra["task"] for p in read_prompts(PythonTask("all", "seed", limit=60), tokenizer)}
     assert kinds == {"open", "summary", "code"}
 
 

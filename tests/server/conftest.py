@@ -1,6 +1,7 @@
 """Real servers of a real model: llama.cpp's, from the package xllamacpp, and transformers' own, which needs torch.
 
-They run in the interpreter that JAXDRAFT_SERVER_PYTHON names, by default this one, if it has their packages.
+They run in the interpreter that JAXDRAFT_SERVER_PYTHON names, by default this one, if it has their packages:
+`pip install -r tests/server/requirements.txt` for llama.cpp, `pip install torch "transformers[serving]"` for the other.
 """
 
 import os

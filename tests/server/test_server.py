@@ -20,20 +20,22 @@ from tests.server.proxy import Broken, Proxy
 
 EOS_IDS = (1, 2)  # of stories260K
 LIMIT = 20
-WHOLE_STORY = 200  # tokens within which the last prompt's ends
+MID_WORD = 11  # the prompt that ends in a word; the one after it begins a story
+WHOLE_STORY = 200  # tokens within which that ends
 KEY = "JAXDRAFT_TEST_KEY"
 
 
 @pytest.fixture(scope="module")
 def prompts(shared_data, tokenizer) -> list[Prompt]:
-    """Beginnings of paragraphs, every second one said by a user, and of a story."""
+    """Beginnings of paragraphs, every second one said by a user, then of a word and of a story."""
     paragraphs = (shared_data / "corpora" / "tinystories_head.txt").read_text("utf-8").split("\n\n")
     found = []
-    for i, paragraph in enumerate(paragraphs[:11]):
+    for i, paragraph in enumerate(paragraphs[:MID_WORD]):
         words = " ".join(paragraph.split()[: 3 + i])
         row = {"messages": [{"role": "user", "content": words}]} if i % 2 else {"prompt": words}
         found.append(read_prompt(row, i, tokenizer, "here"))
-    return [*found, read_prompt({"prompt": "One day, a girl named Sue"}, "last", tokenizer, "here")]
+    rest = "Lily wanted to p", "One day, a girl named Sue"
+    return [*found, *(read_prompt({"prompt": text}, text, tokenizer, "here") for text in rest)]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def ours(served, prompts):
         Decoder(config, scan=False, dtype=jnp.float32),
         for_decoding(config, params, jnp.float32),
         [prompt.tokens for prompt in prompts],
-        max_new_tokens=[*[LIMIT] * 11, WHOLE_STORY],
-        batch_size=12,
+        max_new_tokens=[*[LIMIT] * (len(prompts) - 1), WHOLE_STORY],
+        batch_size=13,
     )
 
 
@@ -92,26 +94,24 @@ def test_llama_cpp_writes_what_our_decoder_writes(llama_cpp, tokenizer, prompts,
     assert [list(found[i].tokens) for i in range(len(prompts))] == ours
     texts = [tokenizer.continuation(prompt.tokens, tokens) for prompt, tokens in zip(prompts, ours, strict=True)]
     assert [found[i].text for i in range(len(prompts))] == texts
-    assert [found[i].finish for i in range(len(prompts))] == ["length"] * 11 + ["eos"]
+    assert [found[i].finish for i in range(len(prompts))] == ["length"] * len(short) + ["eos"]
 
 
 def test_transformers_writes_what_our_decoder_writes(transformers_serve, tokenizer, prompts, ours):
     *short, story = asked(prompts)
     with Proxy(transformers_serve.url) as proxy:
         found = answers(Server(proxy.url), [*short, story._replace(max_new_tokens=WHOLE_STORY)], tokenizer)
-    # A text that begins in the middle of a word, or of two words: the ids cannot be told, and nothing is guessed.
-    untold = {i for i, reply in found.items() if reply.error}
-    assert {found[i].error for i in untold} == {
-        "the server reports no token ids, and the answer's text does not tell them"
-    }
-    assert all(prompts[i].messages is None for i in untold)
-    ends = (
-        [tokenizer.eos_id] if found[11].tokens else []
-    )  # either of the two ends a story: which one, text does not tell
-    expected = [*ours[:11], [*ours[11][:-1], *ends]]
-    assert [list(found[i].tokens) for i in range(12) if i not in untold] == [
-        tokens for i, tokens in enumerate(expected) if i not in untold
-    ]
+    # Its text lacks a first space: where the ids then cannot be told, in the middle of a word or of a line, none are.
+    untold = "the server reports no token ids, and the answer's text does not tell them"
+    assert {reply.error for reply in found.values()} == {None, untold}
+    assert found[MID_WORD].error == untold
+    for i, (prompt, tokens) in enumerate(zip(prompts, ours, strict=True)):
+        if found[i].error:
+            assert prompt.messages is None
+        elif tokens[-1] in EOS_IDS:  # which of them, a text does not tell
+            assert list(found[i].tokens) == [*tokens[:-1], tokenizer.eos_id]
+        else:
+            assert list(found[i].tokens) == tokens
     paths = ["/v1/chat/completions" if prompt.messages else "/v1/completions" for prompt in prompts]
     assert sorted(request.path for request in proxy.requests[2:]) == sorted(paths)
 
