@@ -276,10 +276,9 @@ def _rate(tokens: int, seconds: float) -> dict[str, float]:
 def run_subset(stage: Subset, context: Context) -> Outputs:
     folder, rows = context.folder(stage.name), context.rows(stage.data)
     manifest, count = rows.manifest, int(stage.tokens) // rows.length
-    if not 0 < count <= len(rows):
+    if count > len(rows):
         raise ConfigError(
-            f"{stage.name}: tokens is {stage.tokens:,}: take at least one row of {stage.data!r}, {rows.length:,} "
-            f"tokens, and at most all, {len(rows) * rows.length:,}"
+            f"{stage.name}: tokens is {stage.tokens:,}, but {stage.data!r} has {len(rows) * rows.length:,}: take fewer"
         )
     chosen = sample(len(rows), count, context.recipe.seed, stage.data)
     with progress_bar(count, stage.name, "row") as bar:

@@ -104,6 +104,8 @@ class Recipe:
             if isinstance(stage, Train):
                 self._check_mix(stage, earlier)
                 self._check_stored(stage, earlier)
+            if isinstance(stage, Subset):
+                self._check_sample(stage, earlier)
             earlier[stage.name] = stage
         if isinstance(self.target, str):
             self._check_reference("target", self.target, earlier, (Train,))
@@ -167,6 +169,15 @@ class Recipe:
         lengths = {name: getattr(_origin(name, earlier), "length", 0) for name in stage.shares}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"{stage.name}: rows of different lengths cannot be mixed: {lengths}")
+
+    @staticmethod
+    def _check_sample(stage: Subset, earlier: Mapping[str, Stage]) -> None:
+        """What only the rows would tell else."""
+        least = getattr(_origin(stage.data, earlier), "length", 0)
+        most = getattr(earlier[stage.data], "tokens", None)
+        if stage.tokens < least or (most is not None and stage.tokens > most):
+            limits = f"at least a row, {least:,}" + ("" if most is None else f", and at most {most:,}")
+            raise ConfigError(f"{stage.name}: tokens is {stage.tokens:,}: of {stage.data!r} take {limits}")
 
     @staticmethod
     def _check_stored(stage: Train, earlier: Mapping[str, Stage]) -> None:

@@ -17,8 +17,9 @@ import pytest
 from jaxdraft import prepare
 from jaxdraft.data import chunks
 from jaxdraft.data.conversations import Conversation, labelled
+from jaxdraft.data.pipeline import sample
 from jaxdraft.data.quarantine import Rejected
-from jaxdraft.data.records import PackedRows
+from jaxdraft.data.records import PackedRows, write_rows
 from jaxdraft.data.sources import Text
 from jaxdraft.data.stdlib import PythonLibrary
 from jaxdraft.errors import ConfigError
@@ -307,8 +308,32 @@ def test_samples_nest(folder, small_units):
         assert rows.manifest["source"] == PackedRows(folder / "run" / "corpus").manifest["source"]
     assert [len(sample) for sample in samples] == [5, 50, 100]
     assert samples[0] < samples[1] < samples[2] < everything
-    with pytest.raises(ConfigError, match="and at most all"):
+    with pytest.raises(ConfigError, match="take fewer"):
         prepared(folder, corpus(folder / "text.jsonl"), Subset("more", data="corpus", tokens=1e9))
+
+
+@pytest.mark.parametrize("tokens, limits", [(63, "at least a row, 64"), (1001, "at most 1,000")])
+def test_a_sample_has_a_row_and_is_no_larger_than_the_budget(tokens, limits):
+    with pytest.raises(ConfigError, match=f"part: tokens is .*{limits}"):
+        recipe(corpus("text.jsonl", tokens=1000), Subset("part", data="corpus", tokens=tokens))
+
+
+def test_a_sample_keeps_what_is_stored_of_the_target(folder):
+    """Rows with stored logits as a Score stage leaves them, but without its target."""
+    stored = {"k": 2, "temperature": 1.0, "target": "hash", "vocabulary": 400}
+    tokenizer = load_tokenizer(folder / "run" / "tokenizer")
+    plain = prepared(folder, corpus(folder / "text.jsonl", tokens=20 * LENGTH))
+    rng = np.random.default_rng(0)
+    columns = {"target_ids": (LENGTH, 2), "target_log_probs": (LENGTH, 4)}
+    rows = [{**plain[i], **{name: rng.integers(0, 400, shape) for name, shape in columns.items()}} for i in range(20)]
+    made = folder / "run" / "corpus"
+    settings = {"length": LENGTH, "vocab_size": tokenizer.vocab_size, "source": {"settings": []}}
+    write_rows(made, iter(rows), tokenizer_fingerprint=tokenizer.fingerprint(), target_logits=stored, **settings)
+    stage = Subset("part", data="corpus", tokens=7 * LENGTH)
+    part = prepared(folder, corpus(folder / "text.jsonl", tokens=20 * LENGTH), stage)
+    assert part.manifest["target_logits"] == stored
+    for i, chosen in enumerate(sample(20, 7, 0, "corpus")):
+        assert all((part[i][name] == rows[chosen][name]).all() for name in rows[chosen])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe_file import load_recipe
 from jaxdraft.remote import Bucket, local_copy
 from jaxdraft.run import run
+from tests.distributed.layouts import free_port
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
 REPEATABLE = (r"[^/]+/(metrics|block_efficiency)\.jsonl", r"responses/[^/]+\.jsonl", r"[^/]+/[^/]+\.array_record")
@@ -107,8 +108,8 @@ def copy(kept, url):
     return url
 
 
-def start(workdir, *arguments, cache=None, **variables):
-    command = [sys.executable, "-m", "jaxdraft.cli", "run", TINY, "--workdir", str(workdir), *arguments]
+def start(workdir, *arguments, recipe=TINY, cache=None, **variables):
+    command = [sys.executable, "-m", "jaxdraft.cli", "run", str(recipe), "--workdir", str(workdir), *arguments]
     env = {**os.environ, **({"JAXDRAFT_CACHE": str(cache)} if cache else {}), **variables}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
 
@@ -350,6 +351,44 @@ def test_two_processes_share_no_disk(url, tmp_path):
     assert len(copies) == 2  # the lead's own, and the other's from the bucket
     assert copies[0] == copies[1] == bucket.read("target/model/model.safetensors")
     assert list(tmp_path.glob("host1/runs/*/1/responses/responses-*")) == []  # nobody there read them
+
+
+@pytest.mark.slow
+def test_units_of_rows_made_on_several_machines(url, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(SMALL_UNITS)
+    only = ("--only", "tokenizer", "corpus")
+    code, said = finish(start(tmp_path / "run", *only, recipe=recipe))
+    assert code == 0, said
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "run" / "corpus").glob("rows-*")}
+    assert len(expected) > 20
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    machines = [
+        start(url, *only, recipe=recipe, cache=tmp_path / f"host{i}", **job, JAX_PROCESS_ID=str(i)) for i in range(2)
+    ]
+    said = [finish(process) for process in machines]
+    assert [code for code, _ in said] == [0, 0], said
+    bucket = Bucket(url)
+
+    def rows():
+        names = [name for name in bucket.files("corpus") if name.startswith("corpus/rows-")]
+        return {name.partition("/")[2]: bucket.read(name) for name in names}
+
+    assert rows() == expected
+    bucket.remove("corpus/rows-00003.array_record")
+    stamps = bucket.files("corpus")
+    code, said = finish(start(url, *only, recipe=recipe, cache=tmp_path / "host2"))
+    assert code == 0, said
+    assert rows() == expected
+    units = [name for name in stamps if name.startswith("corpus/rows-") and "00003" not in name]
+    assert {name: stamps[name] for name in units} == {name: bucket.files("corpus")[name] for name in units}
+
+
+SMALL_UNITS = """
+from jaxdraft.data import chunks
+from tests.tiny_recipe import recipe
+chunks.CHUNK_CHARACTERS, chunks.UNIT_CHUNKS = 1000, 2
+"""
 
 
 @pytest.mark.slow

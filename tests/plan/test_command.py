@@ -1,5 +1,6 @@
 """``jaxdraft plan`` as it is typed, without a topology, and what it says where something is wrong."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxdraft.plan.hardware import Hardware, Topology, parse_hardware, parse_top
 from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.stages import plan_stages
 from jaxdraft.plan.work import Decoding
+from jaxdraft.recipe import Subset
 from jaxdraft.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -54,6 +56,19 @@ def test_pretraining_as_the_paper_says():
     assert plan.tokens == pytest.approx(600e9, rel=1e-5)
     assert plan.bound(Hardware("A100", 32)) == "compute"
     assert plan.hours(Hardware("A100", 8)) == pytest.approx(4 * plan.hours(Hardware("A100", 32)), rel=1e-6)
+
+
+def test_a_budget_and_its_samples_are_what_they_say():
+    whole = PlannedContext.of(load_recipe(FULL["fastdraft_phi3"])).recipe
+    text, code, pretrain, *rest = whole.stages
+    text, part = dataclasses.replace(text, tokens=2e9), Subset("part", data="text", tokens=1e9)
+    for data, reads in (("text", "reads text 2.5 times"), ("part", "reads part 5 times")):
+        stages = (text, code, part, dataclasses.replace(pretrain, data=data), *rest)
+        context = PlannedContext.of(dataclasses.replace(whole, stages=stages))
+        plans = {plan.name: plan for plan in plan_stages(context, Hardware("A100", 8))}
+        assert (plans["text"].tokens, plans["text"].notes) == (2e9, [])
+        assert (plans["part"].tokens, plans["part"].storage) == (1e9, {"rows": 5e9})
+        assert reads in plans["pretrain"].notes
 
 
 def test_stored_logits_are_counted_to_the_byte():
