@@ -69,7 +69,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         made = [*(path for shard in shards for path in shard.files), folder / ACCOUNT, *quarantine.write(folder)]
 
     counts: collections.Counter[str] = collections.Counter()
-    eos_ids = context.draft_config().eos_ids
+    eos_ids = context.target_config().eos_ids
     labels = lambda question: _prompt_labels(stage.labels, question.prompt, context.tokenizer, eos_ids)
     found = answers.examples(shards, labels, as_written) if is_lead() else ()
     rows: Iterator[Mapping[str, np.ndarray]] = pack_whole(found, stage.length, counts)
@@ -156,7 +156,7 @@ def _lines(
             )
             for place, question in asked.items()
         )
-        for reply in ask_server(stage.server, sent, context.tokenizer, context.draft_config().eos_ids):
+        for reply in ask_server(stage.server, sent, context.tokenizer, context.target_config().eos_ids):
             yield reply.key, _line(asked[reply.key], reply, context), None
         return
     model = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer), mesh)
