@@ -152,7 +152,9 @@ def written(source: Written, lines: Iterable[Mapping[str, Any]], tokenizer: Toke
         if "error" in line:
             yield Rejected(where, "was not written")
             continue
-        text, is_closed = line["text"], line["finish"] == "eos"
+        is_closed = line["finish"] == "eos"
+        said = line["tokens"][: len(line["tokens"]) - is_closed]  # a template's tokens are no part of the line's text
+        text = tokenizer.continuation(line["prompt_tokens"], said, skip_special=False)
         if closing and closing in text:
             text, is_closed = text[: text.index(closing)], True
         text, words = text.strip(), " ".join(text.lower().split())

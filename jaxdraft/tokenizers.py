@@ -183,9 +183,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._backend.decode(ids, skip_special)
 
-    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int], skip_special: bool = True) -> str:
         """The text that `ids` add after `prompt`; decoded alone, a first piece would lose its space."""
-        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
+        return self.decode([*prompt, *ids], skip_special)[len(self.decode(prompt, skip_special)) :]
 
     def pieces(self) -> list[str]:
         """The piece of every id, in the tokenizer's own spelling; "" for an id without one."""

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from jaxdraft.data.conversations import user_turn
 from jaxdraft.data.magpie import Magpie
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Quarantine, Rejected
@@ -75,8 +76,16 @@ def test_a_system_prompt_goes_before_the_conversation(phi3):
         with_system(phi3, Prompt("b", (1,), "text"), "Be brief.")
 
 
-def lines(*texts, finish="eos"):
-    return [{"id": f"magpie:{i}@1", "text": text, "finish": finish} for i, text in enumerate(texts)]
+def lines(tokenizer, *texts, finish="eos"):
+    """As a model writes them after the bare beginning of a turn; special tokens are spelled out."""
+    prompt = user_turn(tokenizer).tokens
+    ends = [tokenizer.eos_id] if finish == "eos" else []
+    said = [tokenizer.encode(text, bos=False) + ends for text in texts]
+    return [
+        {"id": f"magpie:{i}@1", "prompt_tokens": list(prompt), "tokens": tokens, "finish": finish}
+        | {"text": tokenizer.continuation(prompt, tokens)}
+        for i, tokens in enumerate(said)
+    ]
 
 
 def test_instructions_a_model_wrote_are_asked_once_and_whole(phi3):
@@ -84,8 +93,8 @@ def test_instructions_a_model_wrote_are_asked_once_and_whole(phi3):
         written(
             Written("made", max_tokens=40),
             [
-                *lines("Name a fish. ", "name a  FISH.", "", "Go <|user|> on", "word " * 60, "Name a bird."),
-                *lines("Cut off in the mid", finish="length"),
+                *lines(phi3, "Name a fish. ", "name a  FISH.", "", "Go <|user|> on", "word " * 60, "Name a bird."),
+                *lines(phi3, "Cut off in the mid", finish="length"),
                 {"id": "lost", "error": "empty answer"},
             ],
             phi3,
@@ -104,12 +113,22 @@ def test_instructions_a_model_wrote_are_asked_once_and_whole(phi3):
         "was not written": 1,
     }
     assert found[1] == Rejected("made: magpie:1@1", "duplicate")
-    assert len(list(written(Written("made", limit=1), lines("a b", "c d"), phi3))) == 1
+    assert len(list(written(Written("made", limit=1), lines(phi3, "a b", "c d"), phi3))) == 1
 
 
 def test_a_turn_that_no_end_token_closes_ends_where_the_template_closes_it(llama2):
-    (prompt,) = written(Written("made"), lines("Name a fish. [/INST] A carp.", finish="length"), llama2)
+    (prompt,) = written(Written("made"), lines(llama2, "Name a fish. [/INST] A carp.", finish="length"), llama2)
     assert prompt.text == "<s>[INST] Name a fish. [/INST]"
+
+
+def test_a_templates_own_tokens_are_seen_though_the_lines_text_leaves_them_out(phi3):
+    """`<|end|>` closes a turn whether or not the model's configuration names it among its end tokens."""
+    on = "Name a fish.<|end|><|assistant|> A carp."
+    made = [*lines(phi3, on, "Name<|system|> a bird."), *lines(phi3, "Name a tree.<|end|> An", finish="length")]
+    assert [line["text"].split() for line in made][:2] == [["Name", "a", "fish.", "A", "carp."], ["Name", "a", "bird."]]
+    found = list(written(Written("made"), made, phi3))
+    assert [item.messages[0]["content"] for item in (found[0], found[2])] == ["Name a fish.", "Name a tree."]
+    assert found[1].reason == "holds tokens of the chat template"
 
 
 def test_magpie_asks_with_the_bare_beginning_of_a_turn(phi3, llama2):
