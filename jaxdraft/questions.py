@@ -18,8 +18,8 @@ from jaxdraft.data.prompts import Message, Prompt, example_id
 from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.decode.batching import bucket_length
 from jaxdraft.errors import ConfigError
-from jaxdraft.recipe import Generate, Written
-from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.recipe import TARGET, Generate, Train, Written
+from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 from jaxdraft.tracking import read_jsonl
 
 
@@ -58,33 +58,60 @@ def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Quest
     Raises:
       ConfigError: two have the same id, or there are none.
     """
-    seed, tokenizer = context.recipe.seed, context.tokenizer
-    limit = context.target_shape.max_positions
+    positions = {name: _positions(name, context) for name in stage.writers}
     questions: list[Question] = []
-    for prompt in quarantine.accepted(_prompts(stage, context, limit)):
-        given = prompt.temperature
-        for temperature in stage.temperatures if given is None else (given,):
-            name = f"{prompt.id}@{temperature:g}"
-            asked = prompt
-            if stage.system_prompts:
-                system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
-                asked = with_system(tokenizer, prompt, system)
-            questions.append(
-                Question(
-                    number=len(questions),
-                    id=name,
-                    prompt=asked,
-                    temperature=temperature,
-                    top_p=prompt.top_p or stage.top_p,
-                    max_new_tokens=prompt.max_new_tokens or stage.max_new_tokens,
-                    writer=choice(f"{seed}/writer/{name}", stage.writers),
-                )
-            )
+    for asked in quarantine.accepted(
+        prompt if isinstance(prompt, Rejected) else _asked(stage, context, prompt, positions)
+        for prompt in _prompts(stage, context)
+    ):
+        questions += [replace(question, number=len(questions) + i) for i, question in enumerate(asked)]
     if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
         raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
     if not questions:
         raise ConfigError(f"{stage.name}: no prompts")
     return questions
+
+
+def _asked(
+    stage: Generate, context: Context, prompt: Prompt, positions: Mapping[str, int]
+) -> list[Question] | Rejected:
+    """A prompt's questions, numbered from 0; none of them where one cannot be asked."""
+    seed, given, found = context.recipe.seed, prompt.temperature, list[Question]()
+    for temperature in stage.temperatures if given is None else (given,):
+        name, asked = f"{prompt.id}@{temperature:g}", prompt
+        if any(stage.system_prompts):
+            system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
+            try:
+                asked = with_system(context.tokenizer, prompt, system)
+            except ChatTemplateError as error:
+                return Rejected(f"prompt {prompt.id}", str(error))
+        writer = choice(f"{seed}/writer/{name}", stage.writers)
+        limit = prompt.max_new_tokens or stage.max_new_tokens
+        if len(asked.tokens) + limit > positions[writer]:
+            return Rejected(
+                f"prompt {prompt.id}", f"with its answer longer than the {positions[writer]} positions of {writer}"
+            )
+        found.append(
+            Question(
+                number=len(found),
+                id=name,
+                prompt=asked,
+                temperature=temperature,
+                top_p=prompt.top_p or stage.top_p,
+                max_new_tokens=limit,
+                writer=writer,
+            )
+        )
+    return found
+
+
+def _positions(writer: str, context: Context) -> int:
+    """The longest text that a writer of answers takes."""
+    if writer == TARGET:
+        return context.target_shape.max_positions
+    stage = context.recipe.stage(writer)
+    assert isinstance(stage, Train)
+    return context.trained_config(stage).max_positions
 
 
 def choice(name: str, shares: Mapping[str, float]) -> str:
@@ -100,11 +127,15 @@ def with_system(tokenizer: Tokenizer, prompt: Prompt, system: str) -> Prompt:
 
     Raises:
       ConfigError: the prompt is no conversation.
+      ChatTemplateError: the template takes no system prompt.
     """
+    if prompt.messages is None:
+        raise ConfigError(
+            f"prompt {prompt.id}: system_prompts need prompts given as messages "
+            "(Magpie takes a system prompt as system=)"
+        )
     if not system:
         return prompt
-    if prompt.messages is None:
-        raise ConfigError(f"prompt {prompt.id}: system_prompts need prompts given as messages")
     if prompt.messages[0]["role"] == "system":
         return prompt
     messages = ({"role": "system", "content": system}, *prompt.messages)
@@ -117,18 +148,14 @@ def rendered(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> dict[str, A
     return {"messages": messages, "text": text, "tokens": tuple(tokenizer.encode(text, bos=False))}
 
 
-def _prompts(stage: Generate, context: Context, limit: int) -> Iterator[Prompt | Rejected]:
+def _prompts(stage: Generate, context: Context) -> Iterator[Prompt | Rejected]:
     for source in stage.prompts:
         found: Iterable[Prompt | Rejected]
         if isinstance(source, Written):
             found = written(source, read_answers(context, source.stage), context.tokenizer)
         else:
             found = source.prompts(context.tokenizer)
-        for prompt in found:
-            if isinstance(prompt, Prompt) and len(prompt.tokens) + stage.max_new_tokens > limit:
-                yield Rejected(f"prompt {prompt.id}", f"with its answer longer than the target's {limit} positions")
-            else:
-                yield prompt
+        yield from found
 
 
 def read_answers(context: Context, stage: str) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 import collections
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
@@ -10,8 +13,9 @@ from jaxdraft.data.magpie import Magpie
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.errors import ConfigError
-from jaxdraft.questions import choice, with_system, written
-from jaxdraft.recipe import Generate, Written
+from jaxdraft.losses import CrossEntropy
+from jaxdraft.questions import ask, choice, with_system, written
+from jaxdraft.recipe import Generate, Train, Written
 from jaxdraft.tokenizers import load_tokenizer
 
 IDS = [f"{i}@{temperature:g}" for i in range(5000) for temperature in (0.0, 1.0)]
@@ -35,9 +39,19 @@ def phi3(shared_data):
 
 @pytest.fixture(scope="module")
 def llama2(shared_data, tmp_path_factory):
+    return with_template(shared_data, tmp_path_factory, LLAMA2)
+
+
+@pytest.fixture(scope="module")
+def refusing(shared_data, tmp_path_factory):
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    return with_template(shared_data, tmp_path_factory, refuse + LLAMA2)
+
+
+def with_template(shared_data, tmp_path_factory, template):
     folder = tmp_path_factory.mktemp("llama2") / "tokenizer"
     shutil.copytree(shared_data / "tokenizers" / "llama2", folder)
-    (folder / "chat_template.jinja").write_text(LLAMA2)
+    (folder / "chat_template.jinja").write_text(template)
     return load_tokenizer(folder)
 
 
@@ -62,6 +76,62 @@ def test_pinned_choice():
     """What a seed means may not change: old runs could not be repeated."""
     for shares in ({"t": 0.5, "a": 0.5}, {"a": 0.5, "t": 0.5}):
         assert "".join(choice(f"0/writer/{id}", shares) for id in IDS[:16]) == "aataaataaattaata"
+
+
+class Given(NamedTuple):
+    """Prompts that a test made, as a source."""
+
+    found: tuple
+
+    def prompts(self, tokenizer):
+        return self.found
+
+
+def asked(tokenizer, *prompts, positions=100, **changes):
+    """The questions, and what was rejected by reason."""
+    stage = Generate("made", prompts=(Given(prompts),), length=64, **{"temperatures": (0.0, 1.0), **changes})
+    shape, quarantine = SimpleNamespace(max_positions=positions), Quarantine()
+    recipe = SimpleNamespace(
+        seed=0, stage=lambda name: Train(name, data="x", loss=CrossEntropy(), batch_size=1, steps=1)
+    )
+    context = SimpleNamespace(
+        recipe=recipe,
+        tokenizer=tokenizer,
+        target_shape=shape,
+        trained_config=lambda stage: SimpleNamespace(max_positions=50),
+    )
+    return ask(stage, context, quarantine), quarantine.counts
+
+
+def test_a_prompt_has_to_fit_with_the_answer_and_the_system_prompt_that_are_its_own(phi3):
+    short = Prompt("short", (1,) * 60, "", max_new_tokens=40)
+    long = replace(short, id="long", max_new_tokens=41)
+    questions, rejected = asked(phi3, short, long, max_new_tokens=99)
+    assert [(q.number, q.id) for q in questions] == [(0, "short@0"), (1, "short@1")]
+    assert rejected == {"with its answer longer than the 100 positions of target": 1}
+    messages = ({"role": "user", "content": "Hello"},)
+    small, large = (Prompt(id, (1,), "", messages=messages, max_new_tokens=n) for id, n in (("a", 8), ("b", 80)))
+    questions, rejected = asked(phi3, small, large, system_prompts=("Be brief. " * 8,))
+    assert {q.prompt.id for q in questions} == {"a"}
+    assert rejected.total() == 1
+
+
+def test_a_prompt_has_to_fit_the_draft_that_answers_it(phi3):
+    prompts = [Prompt(str(i), (1,) * 30, "", max_new_tokens=25) for i in range(20)]
+    questions, rejected = asked(phi3, *prompts, writer={"target": 0.5, "draft": 0.5}, temperatures=(1.0,))
+    assert {q.writer for q in questions} == {"target"}
+    assert rejected == {"with its answer longer than the 50 positions of draft": 20 - len(questions)}
+
+
+def test_what_a_template_refuses_is_rejected_and_plain_prompts_are_refused_whatever_is_drawn(phi3, refusing):
+    messages = ({"role": "user", "content": "Hello"},)
+    prompts = [Prompt(str(i), (1,), "", messages=messages, max_new_tokens=8) for i in range(20)]
+    questions, rejected = asked(refusing, *prompts, system_prompts=("Be brief.", ""), temperatures=(1.0,))
+    assert 0 < len(questions) < 20
+    assert rejected == {"the chat template does not take the conversation: no system": 20 - len(questions)}
+    for number in range(5):
+        with pytest.raises(ConfigError, match="Magpie takes a system prompt as system="):
+            asked(phi3, Prompt(str(number), (1,), ""), system_prompts=("Be brief.", ""), max_new_tokens=8)
 
 
 def test_a_system_prompt_goes_before_the_conversation(phi3):
