@@ -66,7 +66,10 @@ def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Quest
     ):
         questions += [replace(question, number=len(questions) + i) for i, question in enumerate(asked)]
     if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
-        raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
+        raise ConfigError(
+            f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own "
+            "(each Magpie a name=), and no temperature twice"
+        )
     if not questions:
         raise ConfigError(f"{stage.name}: no prompts")
     return questions
@@ -196,7 +199,7 @@ def written(source: Written, lines: Iterable[Mapping[str, Any]], tokenizer: Toke
             yield Rejected(where, "duplicate")
         else:
             seen.add(words)
-            prompt = Prompt(line["id"], **rendered(tokenizer, ({"role": "user", "content": text},)))
+            prompt = Prompt(f"{source.stage}:{line['id']}", **rendered(tokenizer, ({"role": "user", "content": text},)))
             if source.max_tokens is not None and len(prompt.tokens) > source.max_tokens:
                 yield Rejected(where, f"more than {source.max_tokens} tokens")
             else:

@@ -210,3 +210,14 @@ def test_magpie_asks_with_the_bare_beginning_of_a_turn(phi3, llama2):
     assert llama2.decode(prompt.tokens, skip_special=False).rstrip() == "<s> [INST]"
     with pytest.raises(ConfigError, match="at 0 Magpie writes one instruction"):
         Generate("made", prompts=(Magpie(3),), length=64)
+
+
+def test_instructions_of_several_systems_and_stages_are_told_apart(phi3):
+    steered = (Magpie(2), Magpie(2, system="You teach mathematics.", name="mathematics"))
+    questions = [asked(phi3, *source.prompts(phi3), temperatures=(1.0,), max_new_tokens=8)[0] for source in steered]
+    ids = [question.id for found in questions for question in found]
+    assert ids == ["magpie:0@1", "magpie:1@1", "mathematics:0@1", "mathematics:1@1"]
+    prompts = [prompt for made in ("a", "b") for prompt in written(Written(made), lines(phi3, "Name a fish."), phi3)]
+    assert [prompt.id for prompt in prompts] == ["a:magpie:0@1", "b:magpie:0@1"]
+    with pytest.raises(ConfigError, match="each Magpie a name="):
+        asked(phi3, *[prompt for _ in range(2) for prompt in Magpie(2).prompts(phi3)], max_new_tokens=8)
