@@ -234,6 +234,16 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
+    def template_fingerprint(self) -> str | None:
+        """sha256 of the folder's chat template; None where it has none."""
+        file = self.folder / "chat_template.jinja"
+        template = (
+            file.read_text("utf-8")
+            if file.is_file()
+            else _read_json(self.folder / "tokenizer_config.json").get("chat_template")
+        )
+        return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """sha256 over pieces in order of their ids, BOS, EOS and whether BOS is added."""
         content = json.dumps([self._pieces, self.bos_id, self.eos_id, self.adds_bos])
