@@ -8,12 +8,12 @@ import bisect
 import collections
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxdraft.context import Context
-from jaxdraft.data.conversations import user_turn
+from jaxdraft.data.conversations import prompt_mask, user_turn
 from jaxdraft.data.prompts import Message, Prompt, example_id
 from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.decode.batching import bucket_length
@@ -59,9 +59,10 @@ def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Quest
       ConfigError: two have the same id, or there are none.
     """
     positions = {name: _positions(name, context) for name in stage.writers}
+    eos_ids = context.draft_config().eos_ids
     questions: list[Question] = []
     for asked in quarantine.accepted(
-        prompt if isinstance(prompt, Rejected) else _asked(stage, context, prompt, positions)
+        prompt if isinstance(prompt, Rejected) else _asked(stage, context, prompt, positions, eos_ids)
         for prompt in _prompts(stage, context)
     ):
         questions += [replace(question, number=len(questions) + i) for i, question in enumerate(asked)]
@@ -76,18 +77,20 @@ def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Quest
 
 
 def _asked(
-    stage: Generate, context: Context, prompt: Prompt, positions: Mapping[str, int]
+    stage: Generate, context: Context, prompt: Prompt, positions: Mapping[str, int], eos_ids: Collection[int]
 ) -> list[Question] | Rejected:
     """A prompt's questions, numbered from 0; none of them where one cannot be asked."""
     seed, given, found = context.recipe.seed, prompt.temperature, list[Question]()
     for temperature in stage.temperatures if given is None else (given,):
         name, asked = f"{prompt.id}@{temperature:g}", prompt
-        if any(stage.system_prompts):
-            system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
-            try:
+        try:
+            if any(stage.system_prompts):
+                system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
                 asked = with_system(context.tokenizer, prompt, system)
-            except ChatTemplateError as error:
-                return Rejected(f"prompt {prompt.id}", str(error))
+            if stage.labels == "assistant" and asked.messages is not None:  # not only when all is answered
+                prompt_mask(context.tokenizer, asked.messages, eos_ids=eos_ids)
+        except ChatTemplateError as error:
+            return Rejected(f"prompt {prompt.id}", str(error))
         writer = choice(f"{seed}/writer/{name}", stage.writers)
         limit = prompt.max_new_tokens or stage.max_new_tokens
         if len(asked.tokens) + limit > positions[writer]:

@@ -96,6 +96,7 @@ def asked(tokenizer, *prompts, positions=100, **changes):
     )
     context = SimpleNamespace(
         recipe=recipe,
+        draft_config=lambda: SimpleNamespace(eos_ids=(tokenizer.eos_id,)),
         tokenizer=tokenizer,
         target_shape=shape,
         trained_config=lambda stage: SimpleNamespace(max_positions=50),
@@ -132,6 +133,14 @@ def test_what_a_template_refuses_is_rejected_and_plain_prompts_are_refused_whate
     for number in range(5):
         with pytest.raises(ConfigError, match="Magpie takes a system prompt as system="):
             asked(phi3, Prompt(str(number), (1,), ""), system_prompts=("Be brief.", ""), max_new_tokens=8)
+
+
+def test_turns_that_cannot_be_labels_are_rejected_before_anything_is_answered(phi3):
+    said = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+    prompts = [Prompt(str(i), (1,), "", messages=said[i:], max_new_tokens=8) for i in (0, 2)]
+    questions, rejected = asked(phi3, *prompts, labels="assistant", temperatures=(1.0,))
+    assert [question.id for question in questions] == ["2@1"]
+    assert rejected == {"the chat template rewrites earlier turns when the conversation goes on": 1}
 
 
 def test_a_system_prompt_goes_before_the_conversation(phi3):
