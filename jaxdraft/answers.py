@@ -140,6 +140,8 @@ def account(shards: Sequence[Shard], skipped: Mapping[str, int], generator: Mapp
             raise ConfigError(f"{shard.path} does not hold the answers to its questions: delete it and run again")
         questions += len(lines)
         for question, line in zip(shard.questions, lines, strict=True):
+            if "error" not in line and tuple(line["prompt_tokens"]) != question.prompt.tokens:
+                raise ConfigError(f"{shard.path} answers other prompts than are asked now: delete it and run again")
             prompts.add(question.prompt.id)
             if "error" in line:
                 errors[line["error"]] += 1

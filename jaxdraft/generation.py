@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     if is_lead():
         context.home.fetch(stage.name)  # what other processes wrote
         account = answers.account(shards, quarantine.counts, _generator(stage, context))
-        _check(stage.name, account)
+        _check(stage.name, account, folder)
         write_json(folder / ACCOUNT, account)
         made = [*(path for shard in shards for path in shard.files), folder / ACCOUNT, *quarantine.write(folder)]
 
@@ -238,13 +239,16 @@ def _source(stage: Generate, context: Context) -> dict[str, Any]:
     return source
 
 
-def _check(name: str, account: Mapping[str, Any]) -> None:
+def _check(name: str, account: Mapping[str, Any], folder: Path) -> None:
     found = account["answers"]
     if found["asked"] != found["written"] + sum(found["errors"].values()):
         raise AssertionError(f"{name}: {found} does not add up")
     if not found["written"]:
         reasons = ", ".join(f"{count} times {reason}" for reason, count in found["errors"].items())
-        raise ConfigError(f"{name}: not one of {found['asked']} questions was answered: {reasons}")
+        raise ConfigError(
+            f"{name}: not one of {found['asked']} questions was answered: {reasons}; see to that, then delete {folder} "
+            "to ask again"
+        )
 
 
 def _facts(account: Mapping[str, Any], usage: Usage) -> dict[str, Any]:

@@ -92,6 +92,13 @@ def test_a_file_that_holds_other_questions_is_named(shards):
         answers.account(shards, {}, GENERATOR)
 
 
+def test_a_file_that_answers_other_prompts_of_the_same_ids_is_named(shards):
+    fill(shards)
+    answers.commit(shards[1], [line(question, prompt_tokens=[9]) for question in shards[1].questions], GENERATOR)
+    with pytest.raises(ConfigError, match=f"{shards[1].path.name} answers other prompts than are asked now"):
+        answers.account(shards, {}, GENERATOR)
+
+
 def test_examples_are_prompt_and_answer_with_the_labels_of_both(shards):
     fill(shards)
     lost = {"id": shards[0].questions[0].id, "error": "empty answer"}

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
+from jaxdraft.data.prompts import PromptFile
 from jaxdraft.data.records import PackedRows
 from jaxdraft.decode import acceptance_ratios, generate
 from jaxdraft.errors import ConfigError, Interrupted
@@ -28,13 +29,13 @@ from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.losses import KL, TVDPlusPlus
-from jaxdraft.models import Decoder, head_weight, logits
+from jaxdraft.models import Decoder, ModelConfig, head_weight, logits
 from jaxdraft.models.hf import load_config, load_model
 from jaxdraft.models.subclone import project_embedding, subclone
 from jaxdraft.plan.hardware import Hardware
 from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.stages import plan_stages, row_bytes
-from jaxdraft.recipe import TopK
+from jaxdraft.recipe import Generate, HFModel, Recipe, TopK
 from jaxdraft.recipe_file import load_recipe
 from jaxdraft.run import _interruptible, plan_all, run
 from jaxdraft.settings import to_json
@@ -580,3 +581,19 @@ def test_plan_foretells_what_lies_there(tiny_run):
     assert "3 checkpoints" in plans["distill"].storage
     exported = (tiny_run / "export" / "model.safetensors").stat().st_size
     assert 0 < exported - plans["export"].storage["model"] < 4096
+
+
+def test_another_chat_template_asks_anew(shared_data, tmp_path):
+    target, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(shared_data / "models" / "stories260K-hf", target, copy_function=shutil.copyfile)
+    template = target / "chat_template.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    prompts.write_text('{"messages": [{"role": "user", "content": "Once"}]}\n')
+    stage = Generate("made", prompts=(PromptFile(str(prompts)),), length=32, max_new_tokens=4, temperatures=(0.0,))
+    draft = ModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+    recipe = Recipe(title="Chat", target=HFModel(str(target)), draft=draft, stages=(stage,))
+    run(recipe, tmp_path / "run")
+    assert [plan.state for plan in plan_all(recipe, tmp_path / "run")] == ["done"]
+    template.write_text(template.read_text().replace("m.content", "'USER: ' + m.content"))
+    (plan,) = plan_all(recipe, tmp_path / "run")
+    assert (plan.state, plan.reason) == ("changed", "runs again, input chat template has changed")
