@@ -43,6 +43,7 @@ from jaxdraft.distributed import from_all, is_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.recipe import Prepare, Subset
 from jaxdraft.settings import to_json
+from jaxdraft.tokenizers import single_threaded
 from jaxdraft.tracking import progress_bar, say
 
 Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
@@ -206,7 +207,8 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
                     bar.update(len(chunk.items))
                 yield chunk
 
-        with _Units(stage, context, form, bar.update if stage.tokens else lambda tokens: None) as units:
+        advance = bar.update if stage.tokens else lambda tokens: None
+        with single_threaded(), _Units(stage, context, form, advance) as units:
             for taken, made in units.make(text()):
                 rows, tokens = rows + taken, tokens + made
                 if stage.tokens:
