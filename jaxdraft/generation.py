@@ -188,6 +188,10 @@ def _lines(
     ):
         place, tokens = finished.request.key, finished.tokens
         question = asked[place]
+        if max(tokens) >= context.tokenizer.vocab_size:  # a model may have rows to spare
+            reply = Reply(place, error="the writer drew a token id that the tokenizer does not have")
+            yield place, _line(question, reply, context), None
+            continue
         finish = "eos" if tokens[-1] in model.decoder.config.eos_ids else "length"
         text = context.tokenizer.continuation(question.prompt.tokens, tokens)
         scores = finished.scores and TokenScores(*map(np.asarray, finished.scores))
