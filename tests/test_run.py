@@ -618,3 +618,15 @@ def test_a_token_that_the_tokenizer_does_not_have_costs_its_answer_alone(shared_
         json.loads((tmp_path / "run" / "made" / "manifest.json").read_text())["counts"]["examples"]
         == account["written"]
     )
+
+
+def test_questions_whose_numbers_are_not_finite_are_named(shared_data, tmp_path):
+    target, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(shared_data / "models" / "stories260K-hf", target, copy_function=shutil.copyfile)
+    config, params = load_model(target)
+    save_model(target, config, jax.tree.map(lambda x: x * np.nan, params))
+    prompts.write_text('{"id": "tale", "prompt": "Once"}\n')
+    stage = Generate("made", prompts=(PromptFile(str(prompts)),), length=32, max_new_tokens=1, temperatures=(0.0,))
+    draft = ModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+    with pytest.raises(FloatingPointError, match="tale@0"):
+        run(Recipe(title="Broken", target=HFModel(str(target)), draft=draft, stages=(stage,)), tmp_path / "run")
