@@ -162,16 +162,17 @@ def _lines(
         return
     model = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer), mesh)
     draft = None if stage.draft is None else Model.load(context.model_folder(stage.draft), mesh)
+    places = {question.id: place for place, question in asked.items()}  # an error names questions by their ids
     requests = (
         Request(
-            key=place,
+            key=question.id,
             tokens=question.prompt.tokens,
             max_new_tokens=question.max_new_tokens,
             temperature=question.temperature,
             top_p=question.top_p,
             example_id=question.example_id,
         )
-        for place, question in asked.items()
+        for question in asked.values()
     )
     for finished in stream(
         model.decoder,
@@ -186,8 +187,12 @@ def _lines(
         keep=Keep(**dataclasses.asdict(stage.keep_logits)) if stage.keep_logits and writing.format else None,
         usage=usage,
     ):
-        place, tokens = finished.request.key, finished.tokens
+        place, tokens = places[finished.request.key], finished.tokens
         question = asked[place]
+        if max(tokens) >= context.tokenizer.vocab_size:  # a model may have rows to spare
+            reply = Reply(place, error="the writer drew a token id that the tokenizer does not have")
+            yield place, _line(question, reply, context), None
+            continue
         finish = "eos" if tokens[-1] in model.decoder.config.eos_ids else "length"
         text = context.tokenizer.continuation(question.prompt.tokens, tokens)
         scores = finished.scores and TokenScores(*map(np.asarray, finished.scores))

@@ -69,7 +69,7 @@ def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Quest
     if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
         raise ConfigError(
             f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own "
-            "(each Magpie a name=), and no temperature twice"
+            "(each Magpie a name=)"
         )
     if not questions:
         raise ConfigError(f"{stage.name}: no prompts")

@@ -67,6 +67,15 @@ def test_what_is_missing_is_what_was_not_committed_whole(shards):
         answers.missing(shards, {"dtype": "bfloat16"}, said.append)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"answers": 3, "sha2', b"\xff", b"[]", b'{"sha256": {}}'])
+def test_a_damaged_record_is_named_and_its_shard_written_again(shards, content):
+    fill(shards)
+    shards[1].record.write_bytes(content)
+    said = []
+    assert answers.missing(shards, GENERATOR, said.append) == [1]
+    assert f"{shards[1].record.name} is damaged" in said[0]
+
+
 def test_every_question_is_accounted_for(shards):
     fill(shards)
     first = shards[0]

@@ -230,3 +230,11 @@ def test_instructions_of_several_systems_and_stages_are_told_apart(phi3):
     assert [prompt.id for prompt in prompts] == ["a:magpie:0@1", "b:magpie:0@1"]
     with pytest.raises(ConfigError, match="each Magpie a name="):
         asked(phi3, *[prompt for _ in range(2) for prompt in Magpie(2).prompts(phi3)], max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    "temperatures", [(), (-1.0,), (float("nan"),), (float("inf"),), (0.3, 0.3), (0.3, 0.3000000001)]
+)
+def test_temperatures_are_numbers_that_differ(temperatures):
+    with pytest.raises(ConfigError, match="temperatures is"):
+        Generate("made", prompts=(), length=64, temperatures=temperatures)

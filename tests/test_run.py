@@ -1,6 +1,7 @@
 """A whole recipe, really run: what is done stays done, what changed runs again, what was killed ends the same."""
 
 import collections
+import dataclasses
 import gc
 import hashlib
 import importlib
@@ -29,8 +30,8 @@ from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.losses import KL, TVDPlusPlus
-from jaxdraft.models import Decoder, ModelConfig, head_weight, logits
-from jaxdraft.models.hf import load_config, load_model
+from jaxdraft.models import Decoder, ModelConfig, head_weight, init_params, logits
+from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
 from jaxdraft.plan.hardware import Hardware
 from jaxdraft.plan.shapes import PlannedContext
@@ -597,3 +598,35 @@ def test_another_chat_template_asks_anew(shared_data, tmp_path):
     template.write_text(template.read_text().replace("m.content", "'USER: ' + m.content"))
     (plan,) = plan_all(recipe, tmp_path / "run")
     assert (plan.state, plan.reason) == ("changed", "runs again, input chat template has changed")
+
+
+def test_a_token_that_the_tokenizer_does_not_have_costs_its_answer_alone(shared_data, tmp_path):
+    """Phi-3 and Qwen have rows that no token of their tokenizers uses; here there are as many as others."""
+    target, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(shared_data / "models" / "stories260K-hf", target, copy_function=shutil.copyfile)
+    config = dataclasses.replace(load_config(target), vocab_size=1024)
+    save_model(target, config, init_params(config, jax.random.key(0)))
+    prompts.write_text("".join(json.dumps({"prompt": f"Once {i}"}) + "\n" for i in range(40)))
+    how = {"length": 32, "max_new_tokens": 1, "temperatures": (1.0,), "keep_logits": TopK(4)}
+    draft = ModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+    stages = (Generate("made", prompts=(PromptFile(str(prompts)),), **how),)
+    run(Recipe(title="Spare", target=HFModel(str(target)), draft=draft, stages=stages), tmp_path / "run")
+    account = json.loads((tmp_path / "run" / "made" / "answers.json").read_text())["answers"]
+    assert 0 < account["written"] < account["asked"] == 40
+    assert account["errors"] == {"the writer drew a token id that the tokenizer does not have": 40 - account["written"]}
+    assert (
+        json.loads((tmp_path / "run" / "made" / "manifest.json").read_text())["counts"]["examples"]
+        == account["written"]
+    )
+
+
+def test_questions_whose_numbers_are_not_finite_are_named(shared_data, tmp_path):
+    target, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(shared_data / "models" / "stories260K-hf", target, copy_function=shutil.copyfile)
+    config, params = load_model(target)
+    save_model(target, config, jax.tree.map(lambda x: x * np.nan, params))
+    prompts.write_text('{"id": "tale", "prompt": "Once"}\n')
+    stage = Generate("made", prompts=(PromptFile(str(prompts)),), length=32, max_new_tokens=1, temperatures=(0.0,))
+    draft = ModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+    with pytest.raises(FloatingPointError, match="tale@0"):
+        run(Recipe(title="Broken", target=HFModel(str(target)), draft=draft, stages=(stage,)), tmp_path / "run")
