@@ -567,7 +567,7 @@ def test_plan_foretells_what_lies_there(tiny_run):
     for name, keep in {"corpus": None, "responses": TopK(4)}.items():
         manifest = json.loads((tiny_run / name / "manifest.json").read_text())
         row = manifest["length"] * row_bytes(400, keep)
-        [file] = (tiny_run / name).glob("*.array_record")
+        [file] = (tiny_run / name).glob("rows-*.array_record")
         assert row * manifest["rows"] < file.stat().st_size < (row + 100) * manifest["rows"] + 2**17
     for name, count in {"target": 2, "pretrain": 2}.items():
         planned = plans[name].storage
