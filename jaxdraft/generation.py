@@ -40,6 +40,8 @@ from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.tracking import progress_bar, say
 
+_HOPELESS = 100  # first answers of a server of which at least one has to be good
+
 Line = dict[str, Any]  # of a shard
 Place = tuple[int, int]  # a question's shard among those at hand, and its line there
 
@@ -80,6 +82,11 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
         collections.deque(rows, maxlen=0)  # takes part in the scoring, and writes nothing
         return [], {}
     files, summary = write_packed(stage.name, rows, stage.length, _source(stage, context), counts, context, stored)
+    if as_written and counts["cut_examples"]:
+        say(
+            f"    {counts['cut_examples']} answers are cut, longer than length={stage.length} with their prompts: what "
+            "is stored beside their later pieces was said with the whole text in sight"
+        )
     return [*made, *files], {**_facts(account, usage), **summary}
 
 
@@ -157,7 +164,14 @@ def _lines(
             )
             for place, question in asked.items()
         )
-        for reply in ask_server(stage.server, sent, context.tokenizer, context.target_config().eos_ids):
+        replies = ask_server(stage.server, sent, context.tokenizer, context.target_config().eos_ids)
+        errors = 0
+        for number, reply in enumerate(replies, start=1):
+            errors += reply.error is not None
+            if errors == number == _HOPELESS:
+                raise ConfigError(
+                    f"{stage.name}: {stage.server.url} answered none of {number} questions: {reply.error}"
+                )
             yield reply.key, _line(asked[reply.key], reply, context), None
         return
     model = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer), mesh)

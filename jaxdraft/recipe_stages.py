@@ -144,8 +144,8 @@ class Generate(Stage):
         that is a conversation; or ``"all"``, whole prompts too.
       keep_logits: store the target's distribution beside the rows. It is what the target wrote from, kept while it
         writes, with all of a text in sight even where ``length`` cuts it; where others write too, or prompts are
-        labels, a pass of the target over the rows, which sees each piece alone. To change it without answering anew,
-        leave it out and add a Score stage.
+        labels, a pass of the target over the rows, which sees each piece alone. Unlike the answers its last bits depend
+        on the rows of a device. To change it without answering anew, leave it out and add a Score stage.
       writer: who answers: ``"target"``, a Train stage, or shares such as ``{"target": .5, "pretrain": .5}``. Of
         several, an answer's id and the seed choose its writer.
       draft: a Train stage's model that drafts for the writer: the same text, sooner.

@@ -55,7 +55,7 @@ class Server:
     Attributes:
       url: up to and with the version, as in ``http://localhost:8000/v1``.
       model: the name under which it serves the model; None for the only one it lists.
-      concurrency: requests under way at once.
+      concurrency: requests under way at once, of each process of a run.
       retries: of a request that got no answer, or one that says to try again; from 1 s on the wait doubles.
       timeout: seconds for one answer.
       key_variable: the environment variable that holds the API key, where it needs one.

@@ -168,7 +168,11 @@ def test_a_stage_that_learns_from_answers_is_measured_on_them():
 
 def test_every_shipped_recipe_loads():
     somebody_elses = ["target.path=somewhere", "text.path=something.txt"]
-    arguments = {"tinystories": somebody_elses, "loss_comparison": somebody_elses}
+    arguments = {
+        "tinystories": somebody_elses,
+        "loss_comparison": somebody_elses,
+        "chat_target": ["tokenizer.path=somewhere", "text.path=something.txt"],
+    }
     for path in CONFIGS.glob("*.py"):
         recipe = load_recipe(path.stem, arguments.get(path.stem, []))
         assert to_json(recipe)["title"]
