@@ -213,7 +213,14 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
         found["target"] = context.target_hash
     if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
         found["tokenizer"] = context.tokenizer.fingerprint()
+        # Of conversations the words around them count too; other text does not see them.
+        if _renders(stage) and (template := context.tokenizer.chat_fingerprint()):
+            found["chat template"] = template
     return found
+
+
+def _renders(stage: Stage) -> bool:
+    return isinstance(stage, Generate | Evaluate) or (isinstance(stage, Prepare) and stage.labels is not None)
 
 
 def _fingerprints(value: Any, name: str) -> Iterator[tuple[str, str]]:

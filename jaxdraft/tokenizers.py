@@ -203,8 +203,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _chat(self) -> Any:
-        in_file = (self.folder / "chat_template.jinja").is_file()
-        if not in_file and "chat_template" not in _read_json(self.folder / "tokenizer_config.json"):
+        if self._chat_template() is None:
             raise ConfigError(
                 f"{self.folder}: no chat template (looked for chat_template.jinja and for chat_template in "
                 'tokenizer_config.json); give prompts as "prompt" text instead of "messages"'
@@ -233,6 +232,18 @@ class Tokenizer:
             raise ChatTemplateError(f"the chat template does not take the conversation: {error}") from error
         assert isinstance(text, str)
         return text
+
+    def _chat_template(self) -> Any:
+        """As the folder spells it; None where it has none."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text("utf-8")
+        return _read_json(self.folder / "tokenizer_config.json").get("chat_template")
+
+    def chat_fingerprint(self) -> str | None:
+        """sha256 of the chat template; None where the folder has none."""
+        template = self._chat_template()
+        return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over pieces in order of their ids, BOS, EOS and whether BOS is added."""

@@ -191,6 +191,21 @@ def test_a_budget_is_kept_exactly(folder, small_units, rows):
     assert some.manifest["tokens"] == rows * LENGTH
 
 
+def test_a_budget_that_ends_with_a_unit_found_again_is_counted_as_in_one_go(folder, small_units):
+    """A unit made for a larger budget was read to its end, and what followed its last row is no part of this one's."""
+    whole = corpus(folder / "text.jsonl")
+    shards = prepared(folder, whole).manifest["shards"]
+    rows = sum(shard["rows"] for shard in shards[:3])
+    record = folder / "run" / "corpus" / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
+    stage = corpus(folder / "text.jsonl", tokens=rows * LENGTH)
+    prepared(folder, stage)
+    resumed = files(folder)
+    shutil.rmtree(folder / "run" / "corpus")
+    prepared(folder, stage)
+    assert resumed == files(folder)
+
+
 def test_too_little_text_for_a_budget_is_told(folder, capsys):
     rows = prepared(folder, corpus(folder / "text.jsonl", tokens=5e9))
     assert f"the text ends after {len(rows) * LENGTH:,} tokens of 5,000,000,000" in capsys.readouterr().err
@@ -382,6 +397,31 @@ def test_conversations_stay_whole(shared_data, tmp_path, small_units, labels):
     assert sum(rows.manifest.get("quarantined", {}).values()) == refused == (10 if labels == "assistant" else 0)
 
 
+def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_path, small_units, capsys):
+    """Whether the stage was done, or stopped half way: units in the words of two templates must not meet."""
+    folder = Path(shutil.copytree(shared_data / "tokenizers" / "phi3-mini", tmp_path / "phi"))
+    stage = Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="assistant")
+    whole = recipe(stage)
+    target = whole.stage("target")
+    target = dataclasses.replace(target, model=dataclasses.replace(target.model, eos_ids=(32007, 32000)))
+    whole = dataclasses.replace(whole, tokenizer=HFModel(str(folder)), stages=(stage, target))
+    run(whole, tmp_path / "run", only=["corpus"])
+    shutil.copytree(tmp_path / "run", tmp_path / "half" / "run")
+
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings["chat_template"] = settings["chat_template"].replace("<|user|>\n", "<|user|>\n> ")
+    settings["chat_template"] = settings["chat_template"].replace("<|user|>' + '\n'", "<|user|>' + '\n> '")
+    config.write_text(json.dumps(settings))
+    assert "input chat template has changed" in plan_all(whole, tmp_path / "run")[0].reason
+    run(whole, tmp_path / "run", only=["corpus"])
+
+    record = tmp_path / "half" / "run" / "corpus" / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
+    run(whole, tmp_path / "half" / "run", only=["corpus"])
+    assert files(tmp_path / "half") == files(tmp_path)
+
+
 def test_conversations_are_asked_for_where_there_are_some():
     with pytest.raises(ConfigError, match=r"corpus: Text has no conversations\(\): leave labels out"):
         corpus("text.jsonl", labels="assistant")
@@ -392,9 +432,12 @@ def test_conversations_are_asked_for_where_there_are_some():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
+def test_two_processes_give_the_bytes_of_one(folder, tmp_path, small_units):
+    text = str(folder / "text.jsonl")
+    units = prepared(folder, Prepare("corpus", sources=(Patchy(text),), length=LENGTH)).manifest["shards"]
+    shutil.rmtree(folder / "run" / "corpus")
     recipe_file = tmp_path / "recipe.py"
-    recipe_file.write_text(PROCESSES.format(path=str(folder / "text.jsonl")))
+    recipe_file.write_text(PROCESSES.format(path=text, two_units=units[0]["rows"] + units[1]["rows"]))
     found = []
     for processes in (1, 2):
         own = tmp_path / str(processes)
@@ -404,7 +447,7 @@ def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
     assert found[0] == found[1]
 
 
-NAMES = ("all", "some", "few", "too-many", "of-all")
+NAMES = ("all", "some", "two-units", "few", "too-many", "of-all")
 PROCESSES = """
 import dataclasses
 from jaxdraft.data import chunks
@@ -413,7 +456,7 @@ from tests.test_prepare import LENGTH, Patchy, corpus, recipe as with_tokenizer
 chunks.CHUNK_CHARACTERS, chunks.UNIT_CHUNKS = 2000, 4
 
 def recipe():
-    budgets = {{"all": None, "some": 150 * LENGTH, "few": 7 * LENGTH, "too-many": 1e9}}
+    budgets = {{"all": None, "some": 150 * LENGTH, "two-units": {two_units} * LENGTH, "few": 7 * LENGTH, "too-many": 1e9}}
     source = Patchy({path!r})
     text = corpus({path!r})
     stages = [dataclasses.replace(text, name=name, sources=(source,), tokens=n) for name, n in budgets.items()]

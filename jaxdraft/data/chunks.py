@@ -127,7 +127,8 @@ class Conversations:
 
     @property
     def settings(self) -> list[Any]:
-        return [self.tokenizer.fingerprint(), self.length, self.labels, sorted(self.eos_ids)]
+        tokenizer = [self.tokenizer.fingerprint(), self.tokenizer.chat_fingerprint()]
+        return [*tokenizer, self.length, self.labels, sorted(self.eos_ids)]
 
     def read(self, source: Any) -> Iterator[Conversation | Rejected]:
         return source.conversations()
