@@ -122,7 +122,7 @@ class _Units:
         """Only now a process knows how many rows of the turn come before its own."""
         *earlier, (rows, _) = turn[: jax.process_index() + 1]
         wanted = self.left - sum(max(rows, 0) for rows, _ in earlier)
-        if 0 < wanted < rows:
+        if 0 < wanted <= rows and wanted < self.left:
             self._make(self._number, self._text, wanted)
 
     def _found(self, number: int, text: Sequence[Chunk]) -> int | None:
@@ -140,7 +140,7 @@ class _Units:
         if not path.is_file() or sha256(path) != shard["sha256"]:
             say(f"    {path} is damaged: it is made anew")
             return None
-        if shard["rows"] > self.left:
+        if shard["rows"] >= self.left:  # what follows the last row may not count
             return None
         self._advance(tokens)
         return shard["rows"]
