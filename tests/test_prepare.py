@@ -122,6 +122,26 @@ def test_the_rows_are_the_texts_cut_in_each_unit(folder, small_units, texts):
     }
 
 
+def test_a_unit_of_long_documents_has_fewer_of_them(monkeypatch):
+    """A unit is held in memory, so its characters are bounded and not only its chunks."""
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "UNIT_CHUNKS", 8)
+    monkeypatch.setattr(chunks, "UNIT_CHARACTERS", 2000)
+
+    @dataclasses.dataclass(frozen=True)
+    class Lengths:
+        of: tuple[int, ...]
+
+        def documents(self):
+            return iter(["x" * length for length in self.of])
+
+    form = chunks.Documents(None, LENGTH, True)
+    units = lambda *lengths: [chunk.unit for chunk in chunks.chunks([Lengths(lengths)], form)]
+    assert units(*[100] * 17) == [0] * 8 + [1] * 8 + [2]
+    assert units(*[1000] * 5) == [0, 0, 1, 1, 2]
+    assert units(5000, 100, 5000, 100) == [0, 1, 1, 2]
+
+
 def test_a_run_that_was_killed_goes_on_where_it_was(folder, small_units):
     stage = corpus(folder / "text.jsonl")
     prepared(folder, stage)
