@@ -245,7 +245,7 @@ def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
         quarantine.counts.update(record["quarantined"])
         quarantine.rows += [Rejected(*row) for row in record["rejected"]]
         shards += [record["shard"]] if record["shard"] else []
-    if quarantine.rows and not shards:
+    if quarantine.rows and not counts["tokens"]:
         where, reason = quarantine.rows[0]
         raise ConfigError(f"{stage.name}: nothing that was read gives a row: {where}: {reason}")
     kept = {*(shard["file"] for shard in shards), *(units.record(number).name for number in range(units.count))}

@@ -267,6 +267,21 @@ class Patchy:
         return "the same"
 
 
+def test_a_source_that_gives_nothing_is_named_wherever_it_stands(folder):
+    (folder / "wrong.jsonl").write_text('{"content": "x"}\n' * 20_000)
+    sources = [Text(str(folder / name)) for name in ("text.jsonl", "wrong.jsonl")]
+    for order in (sources, sources[::-1]):
+        stage = Prepare("corpus", sources=tuple(order), length=LENGTH)
+        with pytest.raises(ConfigError, match=r"wrong.jsonl: line 1 .*no field 'text'; not one of 10,000 rows fits"):
+            prepared(folder, stage)
+
+
+def test_text_shorter_than_a_row_is_called_that(folder):
+    (folder / "short.jsonl").write_text('{"text": ""}\n{"text": "word"}\n')
+    with pytest.raises(ConfigError, match="fewer tokens than one row"):
+        prepared(folder, corpus(folder / "short.jsonl"))
+
+
 @pytest.mark.parametrize("tokens", [None, 200 * LENGTH])
 def test_what_does_not_fit_is_counted_and_written_down(folder, small_units, tokens):
     stage = Prepare("corpus", sources=(Patchy(str(folder / "text.jsonl")),), length=LENGTH, tokens=tokens)
@@ -476,7 +491,8 @@ from tests.test_prepare import LENGTH, Patchy, corpus, recipe as with_tokenizer
 chunks.CHUNK_CHARACTERS, chunks.UNIT_CHUNKS = 2000, 4
 
 def recipe():
-    budgets = {{"all": None, "some": 150 * LENGTH, "two-units": {two_units} * LENGTH, "few": 7 * LENGTH, "too-many": 1e9}}
+    rows = {{"some": 150, "two-units": {two_units}, "few": 7}}
+    budgets = {{"all": None, **{{name: count * LENGTH for name, count in rows.items()}}, "too-many": 1e9}}
     source = Patchy({path!r})
     text = corpus({path!r})
     stages = [dataclasses.replace(text, name=name, sources=(source,), tokens=n) for name, n in budgets.items()]

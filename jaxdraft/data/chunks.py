@@ -160,7 +160,7 @@ def chunks(sources: Sequence[Any], form: Form) -> Iterator[Chunk]:
     """All that the sources hold, in their order.
 
     Raises:
-      ConfigError: as the sources do, or nothing that they hold fits.
+      ConfigError: as the sources do, or nothing that one of them holds fits.
     """
     quarantine = Quarantine()
     unit = of_unit = in_unit = 0  # its number, chunks and characters
@@ -173,7 +173,7 @@ def chunks(sources: Sequence[Any], form: Form) -> Iterator[Chunk]:
         content.update(json.dumps([counts, rejected]).encode())
         return Chunk(unit, items, counts, rejected, content.digest())
 
-    for item in quarantine.accepted(itertools.chain.from_iterable(map(form.read, sources))):
+    for item in itertools.chain.from_iterable(quarantine.accepted(form.read(source)) for source in sources):
         text = form.text(item)
         items.append(item)
         size += len(text)
