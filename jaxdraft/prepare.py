@@ -131,19 +131,20 @@ class _Units:
             record = json.loads(self.record(number).read_text("utf-8"))
             if record["text"] != self._hash(text):
                 return None
-            shard, tokens = record["shard"], record["counts"]["tokens"]
-        except (ValueError, LookupError, TypeError):  # damaged
+            shard, tokens = record["shard"], record["counts"].get("tokens", 0)
+            file, rows, digest = (shard[key] for key in ("file", "rows", "sha256")) if shard else ("", 0, "")
+        except (ValueError, LookupError, TypeError, AttributeError):  # damaged
             return None
         if shard is None:
             return 0
-        path = self._folder / shard["file"]
-        if not path.is_file() or sha256(path) != shard["sha256"]:
+        path = self._folder / file
+        if not path.is_file() or sha256(path) != digest:
             say(f"    {path} is damaged: it is made anew")
             return None
-        if shard["rows"] >= self.left:  # what follows the last row may not count
+        if rows >= self.left:  # what follows the last row may not count
             return None
         self._advance(tokens)
-        return shard["rows"]
+        return int(rows)
 
     def _make(self, number: int, text: Iterable[Chunk], rows: int) -> int:
         """Tokenises, packs and begins to write a unit, at most so many rows; returns how many it has."""

@@ -200,6 +200,20 @@ def test_a_damaged_unit_is_named_and_made_anew(folder, small_units, capsys):
     assert changed == {f"rows-0000{i}.{suffix}" for i in (2, 4) for suffix in ("array_record", "json")}
 
 
+@pytest.mark.parametrize(
+    "damage", ["[]", "{}", '{"shard": {}, "counts": {"tokens": 1}}', '{"shard": null, "counts": []}']
+)
+def test_a_record_that_lacks_something_is_made_anew(folder, small_units, damage):
+    prepared(folder, corpus(folder / "text.jsonl"))
+    whole, made = files(folder), folder / "run" / "corpus"
+    path = made / "rows-00001.json"
+    damaged = json.loads(damage)
+    path.write_text(json.dumps({**damaged, "text": json.loads(path.read_text())["text"]} if damaged else damaged))
+    (made / "manifest.json").unlink()
+    prepared(folder, corpus(folder / "text.jsonl"))
+    assert files(folder) == whole
+
+
 @pytest.mark.parametrize("rows", [1, 40, 200])
 def test_a_budget_is_kept_exactly(folder, small_units, rows):
     whole = stacked(prepared(folder, corpus(folder / "text.jsonl")))
