@@ -471,6 +471,15 @@ def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_pat
     assert files(tmp_path / "half") == files(tmp_path)
 
 
+@pytest.mark.parametrize("answer", [{"role": "assistant"}, {"content": "a"}, {"role": "assistant", "content": None}])
+def test_a_message_without_a_role_or_text_is_refused(shared_data, answer):
+    """A source of one's own may give anything: one bad conversation must not end a process that others wait for."""
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
+    form = chunks.Conversations(tokenizer, LENGTH, "assistant", (32007,))
+    part = form.encode([Conversation("a", ({"role": "user", "content": "q"}, answer))])
+    assert [(row.where, row.reason[:15]) for row in part.rejected] == [("conversation a", "a message lacks")]
+
+
 def test_conversations_are_asked_for_where_there_are_some():
     with pytest.raises(ConfigError, match=r"corpus: Text has no conversations\(\): leave labels out"):
         corpus("text.jsonl", labels="assistant")
