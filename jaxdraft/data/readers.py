@@ -101,11 +101,16 @@ def is_one_place(place: str) -> bool:
 
 def _local_files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(f for f in path.rglob("*") if f.is_file() and _NAME.search(f.name))
+        return sorted(f for f in path.rglob("*") if is_there(f) and _NAME.search(f.name))
     if path.exists():
         return [path]
     root = Path(path.anchor)
-    return sorted(f for f in root.glob(str(path.relative_to(root))) if f.is_file())
+    return sorted(f for f in root.glob(str(path.relative_to(root))) if is_there(f))
+
+
+def is_there(path: Path) -> bool:
+    """Whether it is a file, or a link to one that is gone: to read that is an error, and to leave it out is none."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _selects(pattern: str, name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdraft.data.quarantine import Misfit, Rejected
-from jaxdraft.data.readers import Row, files_fingerprint
+from jaxdraft.data.readers import Row, files_fingerprint, is_there
 from jaxdraft.data.sources import documents_of
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.remote import local_copy
@@ -101,7 +101,7 @@ class SourceCode:
             found += [Path(folder, name) for name in names if Path(name).suffix in suffixes]
         # A project may have ten thousand vendored files before its first own one.
         vendored = lambda file: bool(_VENDORED & set(file.relative_to(root).parts[:-1]))
-        files = sorted((file for file in found if file.is_file()), key=lambda file: (vendored(file), file))
+        files = sorted((file for file in found if is_there(file)), key=lambda file: (vendored(file), file))
         if not files:
             raise ConfigError(f"{self.path}: no files of {', '.join(self.languages) or 'any known language'} there")
         return files

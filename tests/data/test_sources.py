@@ -223,3 +223,14 @@ def test_a_parquet_row_that_is_not_utf8_costs_no_other(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     items = list(Text(str(tmp_path / "a.parquet")).documents())
     assert items == ["aa", Rejected(f"{tmp_path}/a.parquet: row 1", "not UTF-8"), "bb"]
+
+
+def test_a_link_to_a_file_that_is_gone_is_an_error(tmp_path):
+    """A hub's cache is links: a shard whose content was evicted must not be left out in silence."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "evicted")
+    for place in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(ConfigError, match=r"b\.txt: cannot be read"):
+            documents(place)
+        with pytest.raises(OSError, match="No such file"):
+            Text(str(place)).fingerprint()
