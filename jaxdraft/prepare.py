@@ -129,7 +129,7 @@ class _Units:
         """Rows of a unit that was made before, if they are of this text and whole."""
         try:
             record = json.loads(self.record(number).read_text("utf-8"))
-            if record["text"] != self._hash(text):
+            if record.pop("sha256") != _record_hash(record) or record["text"] != self._hash(text):
                 return None
             shard, tokens = record["shard"], record["counts"].get("tokens", 0)
             file, rows, digest = (shard[key] for key in ("file", "rows", "sha256")) if shard else ("", 0, "")
@@ -184,12 +184,17 @@ class _Units:
             path = self._folder / shard_name(number)
             record = {"shard": write_shard(path, blocks, self.format), **record}
             self._keep(path)
-        write_json(self.record(number), {"shard": None, **record})
+        record = {"shard": None, **record}
+        write_json(self.record(number), {**record, "sha256": _record_hash(record)})
         self._keep(self.record(number))
 
     def _wait(self) -> None:
         if self._writing:
             self._writing.result()
+
+
+def _record_hash(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def run_prepare(stage: Prepare, context: Context) -> Outputs:

@@ -214,6 +214,18 @@ def test_a_record_that_lacks_something_is_made_anew(folder, small_units, damage)
     assert files(folder) == whole
 
 
+def test_a_record_with_another_number_is_made_anew(folder, small_units):
+    prepared(folder, corpus(folder / "text.jsonl"))
+    whole, made = files(folder), folder / "run" / "corpus"
+    path = made / "rows-00001.json"
+    record = json.loads(path.read_text())
+    record["shard"]["labels"] += 1024
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    (made / "manifest.json").unlink()
+    prepared(folder, corpus(folder / "text.jsonl"))
+    assert files(folder) == whole
+
+
 @pytest.mark.parametrize("rows", [1, 40, 200])
 def test_a_budget_is_kept_exactly(folder, small_units, rows):
     whole = stacked(prepared(folder, corpus(folder / "text.jsonl")))
