@@ -43,6 +43,7 @@ from jaxdraft.distributed import from_all, is_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.recipe import Prepare, Subset
 from jaxdraft.settings import to_json
+from jaxdraft.tokenizers import single_threaded
 from jaxdraft.tracking import progress_bar, say
 
 Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
@@ -212,7 +213,8 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
                     bar.update(len(chunk.items))
                 yield chunk
 
-        with _Units(stage, context, form, bar.update if stage.tokens else lambda tokens: None) as units:
+        advance = bar.update if stage.tokens else lambda tokens: None
+        with single_threaded(), _Units(stage, context, form, advance) as units:
             for taken, made in units.make(text()):
                 rows, tokens = rows + taken, tokens + made
                 if stage.tokens:
@@ -237,7 +239,7 @@ def _form(stage: Prepare, context: Context) -> tuple[Form, str]:
     """How the text becomes rows, and what a piece of it is called."""
     if stage.labels is None:
         return Documents(context.tokenizer, stage.length, stage.segments), "document"
-    eos_ids = context.draft_config().eos_ids
+    eos_ids = context.target_config().eos_ids
     return Conversations(context.tokenizer, stage.length, stage.labels, eos_ids), "conversation"
 
 

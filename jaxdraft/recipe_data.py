@@ -83,7 +83,7 @@ class Prepare(Stage):
         is one text, whose positions run over the document ends in it, and a document is predicted from what happens to
         stand before it. Direct Alignment (A.4) concatenates with EOS between; neither it nor FastDraft says that
         documents are kept apart.
-      workers: chunks of text that are tokenised at once; ``None`` is one for each core. Only the time depends on it.
+      workers: threads that tokenise; ``None`` is one for each core. Only the time depends on it.
     """
 
     sources: tuple[Any, ...]

@@ -4,12 +4,14 @@ A folder is read through `tokenizer.json` (the `tokenizers` library) where there
 (`sentencepiece`). Nothing here needs transformers, except `Tokenizer.render`, which imports it when called.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,7 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_PARALLEL = "TOKENIZERS_PARALLELISM"  # read by the library at every call
 _SHOWN = 3  # differing pieces that are named
 
 
@@ -183,9 +186,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._backend.decode(ids, skip_special)
 
-    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int], skip_special: bool = True) -> str:
         """The text that `ids` add after `prompt`; decoded alone, a first piece would lose its space."""
-        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
+        return self.decode([*prompt, *ids], skip_special)[len(self.decode(prompt, skip_special)) :]
 
     def pieces(self) -> list[str]:
         """The piece of every id, in the tokenizer's own spelling; "" for an id without one."""
@@ -203,7 +206,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _chat(self) -> Any:
-        if self._chat_template() is None:
+        in_file = (self.folder / "chat_template.jinja").is_file()
+        if not in_file and "chat_template" not in _read_json(self.folder / "tokenizer_config.json"):
             raise ConfigError(
                 f"{self.folder}: no chat template (looked for chat_template.jinja and for chat_template in "
                 'tokenizer_config.json); give prompts as "prompt" text instead of "messages"'
@@ -235,22 +239,40 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
-    def _chat_template(self) -> Any:
-        """As the folder spells it; None where it has none."""
+    def template_fingerprint(self) -> str | None:
+        """sha256 of the folder's chat template; None where it has none."""
         file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text("utf-8")
-        return _read_json(self.folder / "tokenizer_config.json").get("chat_template")
-
-    def chat_fingerprint(self) -> str | None:
-        """sha256 of the chat template; None where the folder has none."""
-        template = self._chat_template()
+        template = (
+            file.read_text("utf-8")
+            if file.is_file()
+            else _read_json(self.folder / "tokenizer_config.json").get("chat_template")
+        )
         return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        content = json.dumps([self._pieces, self.bos_id, self.eos_id, self.adds_bos])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over pieces in order of their ids, BOS, EOS and whether BOS is added."""
-        content = json.dumps([self._pieces, self.bos_id, self.eos_id, self.adds_bos])
-        return hashlib.sha256(content.encode()).hexdigest()
+        return self._fingerprint
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Meanwhile `encode_batch` stays in the thread that calls it, for callers who have threads of their own.
+
+    Those cost a tenth less than the threads of the `tokenizers` library, which wait for each batch's longest text.
+    """
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_PARALLEL]
+        if before is not None:
+            os.environ[_PARALLEL] = before
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

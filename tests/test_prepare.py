@@ -458,7 +458,7 @@ def test_conversations_stay_whole(shared_data, tmp_path, small_units, labels):
     assert sum(rows.manifest.get("quarantined", {}).values()) == refused == (10 if labels == "assistant" else 0)
 
 
-def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_path, small_units, capsys):
+def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_path, small_units):
     """Whether the stage was done, or stopped half way: units in the words of two templates must not meet."""
     folder = Path(shutil.copytree(shared_data / "tokenizers" / "phi3-mini", tmp_path / "phi"))
     stage = Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="assistant")
@@ -472,7 +472,6 @@ def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_pat
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text())
     settings["chat_template"] = settings["chat_template"].replace("<|user|>\n", "<|user|>\n> ")
-    settings["chat_template"] = settings["chat_template"].replace("<|user|>' + '\n'", "<|user|>' + '\n> '")
     config.write_text(json.dumps(settings))
     assert "input chat template has changed" in plan_all(whole, tmp_path / "run")[0].reason
     run(whole, tmp_path / "run", only=["corpus"])
@@ -490,6 +489,14 @@ def test_a_message_without_a_role_or_text_is_refused(shared_data, answer):
     form = chunks.Conversations(tokenizer, LENGTH, "assistant", (32007,))
     part = form.encode([Conversation("a", ({"role": "user", "content": "q"}, answer))])
     assert [(row.where, row.reason[:15]) for row in part.rejected] == [("conversation a", "a message lacks")]
+
+
+def test_units_of_another_chat_template_are_made_anew(shared_data, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(shared_data / "tokenizers" / "phi3-mini", folder, copy_function=shutil.copyfile)
+    before = chunks.Conversations(load_tokenizer(folder), 64, "all", (32000,)).settings
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert chunks.Conversations(load_tokenizer(folder), 64, "all", (32000,)).settings != before
 
 
 def test_conversations_are_asked_for_where_there_are_some():

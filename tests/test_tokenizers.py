@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from jaxdraft.data.prompts import PromptFile
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate import command
 from jaxdraft.tokenizer_training import train_sentencepiece
-from jaxdraft.tokenizers import differences, load_tokenizer, tokenizer_files
+from jaxdraft.tokenizers import differences, load_tokenizer, single_threaded, tokenizer_files
 
 GOLDEN = {"llama2": "llama-spm", "llama3": "llama-bpe", "phi3-mini": "phi-3"}
 AWKWARD = [
@@ -334,3 +335,13 @@ def test_a_continuation_keeps_its_first_space(shared_data):
     for cut in range(1, len(ids)):
         whole = tokenizer.decode(ids[:cut]) + tokenizer.continuation(ids[:cut], ids[cut:])
         assert whole == "Once upon a time, there was"
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_one_thread_is_asked_for_and_given_back(monkeypatch, before):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    with single_threaded():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before

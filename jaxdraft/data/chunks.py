@@ -128,8 +128,8 @@ class Conversations:
 
     @property
     def settings(self) -> list[Any]:
-        tokenizer = [self.tokenizer.fingerprint(), self.tokenizer.chat_fingerprint()]
-        return [*tokenizer, self.length, self.labels, sorted(self.eos_ids)]
+        tokens = self.tokenizer.fingerprint(), self.tokenizer.template_fingerprint()
+        return [*tokens, self.length, self.labels, sorted(self.eos_ids)]
 
     def read(self, source: Any) -> Iterator[Conversation | Rejected]:
         return source.conversations()

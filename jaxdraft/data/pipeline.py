@@ -20,7 +20,7 @@ import numpy as np
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizers import Tokenizer
 
-_BLOCK_TOKENS = 1 << 18  # packed at once
+_BLOCK_TOKENS = 1 << 16  # packed at once
 _PACKING_BINS = 64  # rows held open by first-fit packing
 _EXAMPLE_TYPES = {"tokens": np.int32, "loss_mask": np.uint8}
 _MAX_DENOMINATOR = 1000  # weights are read as fractions with at most this denominator
