@@ -15,7 +15,7 @@
 - `probe`: answers to held-out prompts of its tasks, on which block efficiency is measured while a draft learns.
 
 Every source can be read from a folder of the same shape, and cut short, as in `direct_alignment_data`; `--set
-scale=1e-5` takes so much of all text.
+scale=1e-4` takes so much of all text.
 """
 
 import dataclasses

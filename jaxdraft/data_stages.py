@@ -67,9 +67,9 @@ def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
 
 
 def _documents(stage: TrainTokenizer, quarantine: Quarantine) -> Iterator[str]:
-    documents = itertools.chain.from_iterable(source.documents() for source in stage.sources)
+    documents = itertools.chain.from_iterable(quarantine.accepted(source.documents()) for source in stage.sources)
     with progress_bar(0, stage.name, "document") as bar:
-        for document in quarantine.accepted(documents):
+        for document in documents:
             bar.update(1)
             yield document
 

@@ -26,6 +26,8 @@ from jaxdraft.tokenizers import Tokenizer, common_prefix, load_tokenizer
 _ACCOUNT = "answers.json"
 _WITH_ROWS = ("Prepare", "Subset", "Generate", "Score")
 _SET_ASIDE = 5  # rows of the quarantine that are shown
+_MANIFEST = ("format", "length", "rows", "tokens", "labels", "columns", "tokenizer", "counts", "shards")
+_OF_ANSWERS = ("prompts", "answers", "writers", "finish", "duplicates", "tokens", "lengths", "shards")
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
@@ -45,15 +47,15 @@ def inspect_stage(home: Home, name: str, count: int, seed: int) -> None:
     home.fetch_records()
     if not (home.folder / "recipe.json").is_file():
         raise ConfigError(f"{home} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
-    recipe = _read_json(home.folder / "recipe.json")
+    recipe = _read_json(home.folder / "recipe.json", "stages", "target", "tokenizer")
     kind = _finished(home, name, recipe["stages"])
     tokenizer = _tokenizer(home, recipe)
     home.fetch(name, (MANIFEST, _ACCOUNT, QUARANTINE))
     folder, rng = home.folder / name, np.random.default_rng(seed)
-    if _read_json(folder / MANIFEST)["tokenizer"] != tokenizer.fingerprint():
+    if _read_json(folder / MANIFEST, *_MANIFEST)["tokenizer"] != tokenizer.fingerprint():
         raise ConfigError(f"{folder} was made with another tokenizer than {tokenizer.folder} holds now")
     if kind == "Generate":
-        account = _read_json(folder / _ACCOUNT)
+        account = _read_json(folder / _ACCOUNT, *_OF_ANSWERS)
         print_facts(_account(account))
         _print_set_aside(folder / QUARANTINE)
         _print_answers(home, name, account["shards"], tokenizer, rng, count)
@@ -78,7 +80,7 @@ def _finished(home: Home, name: str, stages: Sequence[Mapping[str, Any]]) -> str
     record = home.folder / name / "stage.json"
     if not record.is_file():
         raise ConfigError(f"{name} has not run yet: `jaxdraft run` with this run directory makes it")
-    if (status := _read_json(record)["status"]) != "done":
+    if (status := _read_json(record, "status")["status"]) != "done":
         raise ConfigError(f"{name} is not done ({status}): the same `jaxdraft run` goes on with it")
     return kinds[name]
 
@@ -246,9 +248,14 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *fields: str) -> dict[str, Any]:
+    """An object that has these fields."""
     try:
-        value: dict[str, Any] = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(_read(path))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        if missing := [field for field in fields if field not in value]:
+            raise ValueError(f"no {missing[0]!r}")
+    except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}): delete it and run the recipe again") from error
     return value

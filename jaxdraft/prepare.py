@@ -123,28 +123,29 @@ class _Units:
         """Only now a process knows how many rows of the turn come before its own."""
         *earlier, (rows, _) = turn[: jax.process_index() + 1]
         wanted = self.left - sum(max(rows, 0) for rows, _ in earlier)
-        if 0 < wanted < rows:
+        if 0 < wanted <= rows and wanted < self.left:
             self._make(self._number, self._text, wanted)
 
     def _found(self, number: int, text: Sequence[Chunk]) -> int | None:
         """Rows of a unit that was made before, if they are of this text and whole."""
         try:
             record = json.loads(self.record(number).read_text("utf-8"))
-            if record["text"] != self._hash(text):
+            if record.pop("sha256") != _record_hash(record) or record["text"] != self._hash(text):
                 return None
-            shard, tokens = record["shard"], record["counts"]["tokens"]
-        except (ValueError, LookupError, TypeError):  # damaged
+            shard, tokens = record["shard"], record["counts"].get("tokens", 0)
+            file, rows, digest = (shard[key] for key in ("file", "rows", "sha256")) if shard else ("", 0, "")
+        except (ValueError, LookupError, TypeError, AttributeError):  # damaged
             return None
         if shard is None:
             return 0
-        path = self._folder / shard["file"]
-        if not path.is_file() or sha256(path) != shard["sha256"]:
+        path = self._folder / file
+        if not path.is_file() or sha256(path) != digest:
             say(f"    {path} is damaged: it is made anew")
             return None
-        if shard["rows"] > self.left:
+        if rows >= self.left:  # what follows the last row may not count
             return None
         self._advance(tokens)
-        return shard["rows"]
+        return int(rows)
 
     def _make(self, number: int, text: Iterable[Chunk], rows: int) -> int:
         """Tokenises, packs and begins to write a unit, at most so many rows; returns how many it has."""
@@ -184,12 +185,17 @@ class _Units:
             path = self._folder / shard_name(number)
             record = {"shard": write_shard(path, blocks, self.format), **record}
             self._keep(path)
-        write_json(self.record(number), {"shard": None, **record})
+        record = {"shard": None, **record}
+        write_json(self.record(number), {**record, "sha256": _record_hash(record)})
         self._keep(self.record(number))
 
     def _wait(self) -> None:
         if self._writing:
             self._writing.result()
+
+
+def _record_hash(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def run_prepare(stage: Prepare, context: Context) -> Outputs:
@@ -247,7 +253,7 @@ def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
         quarantine.counts.update(record["quarantined"])
         quarantine.rows += [Rejected(*row) for row in record["rejected"]]
         shards += [record["shard"]] if record["shard"] else []
-    if quarantine.rows and not shards:
+    if quarantine.rows and not counts["tokens"]:
         where, reason = quarantine.rows[0]
         raise ConfigError(f"{stage.name}: nothing that was read gives a row: {where}: {reason}")
     kept = {*(shard["file"] for shard in shards), *(units.record(number).name for number in range(units.count))}

@@ -228,6 +228,8 @@ class Tokenizer:
 
         if not messages:
             raise ChatTemplateError("the conversation has no messages")
+        if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
+            raise ChatTemplateError('a message lacks "role" or "content", or has something else than text there')
         try:
             text = self._chat.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply

@@ -229,3 +229,12 @@ def test_the_tokenizer_of_a_target_s_folder(made_run, capsys):
 def test_rows_and_seed_belong_to_a_stage(made_run, capsys):
     assert main(["inspect", str(made_run.folder), "--rows", "3"]) == 2
     assert "name the stage with --stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, told", [("[]", "not an object"), ("{}", "no 'format'"), ("\\xff", "Expecting value")]
+)
+def test_a_manifest_that_lacks_something_is_named(made_run, content, told):
+    made_run.rows("text", [row(made_run.tokenizer, "text")])
+    (made_run.folder / "text" / "manifest.json").write_text(content)
+    assert f"manifest.json is damaged ({told}" in refused(made_run, "text")

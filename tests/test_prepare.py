@@ -122,6 +122,26 @@ def test_the_rows_are_the_texts_cut_in_each_unit(folder, small_units, texts):
     }
 
 
+def test_a_unit_of_long_documents_has_fewer_of_them(monkeypatch):
+    """A unit is held in memory, so its characters are bounded and not only its chunks."""
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "UNIT_CHUNKS", 8)
+    monkeypatch.setattr(chunks, "UNIT_CHARACTERS", 2000)
+
+    @dataclasses.dataclass(frozen=True)
+    class Lengths:
+        of: tuple[int, ...]
+
+        def documents(self):
+            return iter(["x" * length for length in self.of])
+
+    form = chunks.Documents(None, LENGTH, True)
+    units = lambda *lengths: [chunk.unit for chunk in chunks.chunks([Lengths(lengths)], form)]
+    assert units(*[100] * 17) == [0] * 8 + [1] * 8 + [2]
+    assert units(*[1000] * 5) == [0, 0, 1, 1, 2]
+    assert units(5000, 100, 5000, 100) == [0, 1, 1, 2]
+
+
 def test_a_run_that_was_killed_goes_on_where_it_was(folder, small_units):
     stage = corpus(folder / "text.jsonl")
     prepared(folder, stage)
@@ -180,6 +200,32 @@ def test_a_damaged_unit_is_named_and_made_anew(folder, small_units, capsys):
     assert changed == {f"rows-0000{i}.{suffix}" for i in (2, 4) for suffix in ("array_record", "json")}
 
 
+@pytest.mark.parametrize(
+    "damage", ["[]", "{}", '{"shard": {}, "counts": {"tokens": 1}}', '{"shard": null, "counts": []}']
+)
+def test_a_record_that_lacks_something_is_made_anew(folder, small_units, damage):
+    prepared(folder, corpus(folder / "text.jsonl"))
+    whole, made = files(folder), folder / "run" / "corpus"
+    path = made / "rows-00001.json"
+    damaged = json.loads(damage)
+    path.write_text(json.dumps({**damaged, "text": json.loads(path.read_text())["text"]} if damaged else damaged))
+    (made / "manifest.json").unlink()
+    prepared(folder, corpus(folder / "text.jsonl"))
+    assert files(folder) == whole
+
+
+def test_a_record_with_another_number_is_made_anew(folder, small_units):
+    prepared(folder, corpus(folder / "text.jsonl"))
+    whole, made = files(folder), folder / "run" / "corpus"
+    path = made / "rows-00001.json"
+    record = json.loads(path.read_text())
+    record["shard"]["labels"] += 1024
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    (made / "manifest.json").unlink()
+    prepared(folder, corpus(folder / "text.jsonl"))
+    assert files(folder) == whole
+
+
 @pytest.mark.parametrize("rows", [1, 40, 200])
 def test_a_budget_is_kept_exactly(folder, small_units, rows):
     whole = stacked(prepared(folder, corpus(folder / "text.jsonl")))
@@ -189,6 +235,21 @@ def test_a_budget_is_kept_exactly(folder, small_units, rows):
     for key, values in stacked(some).items():
         assert (values == whole[key][:rows]).all()
     assert some.manifest["tokens"] == rows * LENGTH
+
+
+def test_a_budget_that_ends_with_a_unit_found_again_is_counted_as_in_one_go(folder, small_units):
+    """A unit made for a larger budget was read to its end, and what followed its last row is no part of this one's."""
+    whole = corpus(folder / "text.jsonl")
+    shards = prepared(folder, whole).manifest["shards"]
+    rows = sum(shard["rows"] for shard in shards[:3])
+    record = folder / "run" / "corpus" / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
+    stage = corpus(folder / "text.jsonl", tokens=rows * LENGTH)
+    prepared(folder, stage)
+    resumed = files(folder)
+    shutil.rmtree(folder / "run" / "corpus")
+    prepared(folder, stage)
+    assert resumed == files(folder)
 
 
 def test_too_little_text_for_a_budget_is_told(folder, capsys):
@@ -230,6 +291,21 @@ class Patchy:
 
     def fingerprint(self):
         return "the same"
+
+
+def test_a_source_that_gives_nothing_is_named_wherever_it_stands(folder):
+    (folder / "wrong.jsonl").write_text('{"content": "x"}\n' * 20_000)
+    sources = [Text(str(folder / name)) for name in ("text.jsonl", "wrong.jsonl")]
+    for order in (sources, sources[::-1]):
+        stage = Prepare("corpus", sources=tuple(order), length=LENGTH)
+        with pytest.raises(ConfigError, match=r"wrong.jsonl: line 1 .*no field 'text'; not one of 10,000 rows fits"):
+            prepared(folder, stage)
+
+
+def test_text_shorter_than_a_row_is_called_that(folder):
+    (folder / "short.jsonl").write_text('{"text": ""}\n{"text": "word"}\n')
+    with pytest.raises(ConfigError, match="fewer tokens than one row"):
+        prepared(folder, corpus(folder / "short.jsonl"))
 
 
 @pytest.mark.parametrize("tokens", [None, 200 * LENGTH])
@@ -382,6 +458,39 @@ def test_conversations_stay_whole(shared_data, tmp_path, small_units, labels):
     assert sum(rows.manifest.get("quarantined", {}).values()) == refused == (10 if labels == "assistant" else 0)
 
 
+def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_path, small_units):
+    """Whether the stage was done, or stopped half way: units in the words of two templates must not meet."""
+    folder = Path(shutil.copytree(shared_data / "tokenizers" / "phi3-mini", tmp_path / "phi"))
+    stage = Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="assistant")
+    whole = recipe(stage)
+    target = whole.stage("target")
+    target = dataclasses.replace(target, model=dataclasses.replace(target.model, eos_ids=(32007, 32000)))
+    whole = dataclasses.replace(whole, tokenizer=HFModel(str(folder)), stages=(stage, target))
+    run(whole, tmp_path / "run", only=["corpus"])
+    shutil.copytree(tmp_path / "run", tmp_path / "half" / "run")
+
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings["chat_template"] = settings["chat_template"].replace("<|user|>\n", "<|user|>\n> ")
+    config.write_text(json.dumps(settings))
+    assert "input chat template has changed" in plan_all(whole, tmp_path / "run")[0].reason
+    run(whole, tmp_path / "run", only=["corpus"])
+
+    record = tmp_path / "half" / "run" / "corpus" / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
+    run(whole, tmp_path / "half" / "run", only=["corpus"])
+    assert files(tmp_path / "half") == files(tmp_path)
+
+
+@pytest.mark.parametrize("answer", [{"role": "assistant"}, {"content": "a"}, {"role": "assistant", "content": None}])
+def test_a_message_without_a_role_or_text_is_refused(shared_data, answer):
+    """A source of one's own may give anything: one bad conversation must not end a process that others wait for."""
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
+    form = chunks.Conversations(tokenizer, LENGTH, "assistant", (32007,))
+    part = form.encode([Conversation("a", ({"role": "user", "content": "q"}, answer))])
+    assert [(row.where, row.reason[:15]) for row in part.rejected] == [("conversation a", "a message lacks")]
+
+
 def test_units_of_another_chat_template_are_made_anew(shared_data, tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(shared_data / "tokenizers" / "phi3-mini", folder, copy_function=shutil.copyfile)
@@ -400,9 +509,12 @@ def test_conversations_are_asked_for_where_there_are_some():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
+def test_two_processes_give_the_bytes_of_one(folder, tmp_path, small_units):
+    text = str(folder / "text.jsonl")
+    units = prepared(folder, Prepare("corpus", sources=(Patchy(text),), length=LENGTH)).manifest["shards"]
+    shutil.rmtree(folder / "run" / "corpus")
     recipe_file = tmp_path / "recipe.py"
-    recipe_file.write_text(PROCESSES.format(path=str(folder / "text.jsonl")))
+    recipe_file.write_text(PROCESSES.format(path=text, two_units=units[0]["rows"] + units[1]["rows"]))
     found = []
     for processes in (1, 2):
         own = tmp_path / str(processes)
@@ -412,7 +524,7 @@ def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
     assert found[0] == found[1]
 
 
-NAMES = ("all", "some", "few", "too-many", "of-all")
+NAMES = ("all", "some", "two-units", "few", "too-many", "of-all")
 PROCESSES = """
 import dataclasses
 from jaxdraft.data import chunks
@@ -421,7 +533,8 @@ from tests.test_prepare import LENGTH, Patchy, corpus, recipe as with_tokenizer
 chunks.CHUNK_CHARACTERS, chunks.UNIT_CHUNKS = 2000, 4
 
 def recipe():
-    budgets = {{"all": None, "some": 150 * LENGTH, "few": 7 * LENGTH, "too-many": 1e9}}
+    rows = {{"some": 150, "two-units": {two_units}, "few": 7}}
+    budgets = {{"all": None, **{{name: count * LENGTH for name, count in rows.items()}}, "too-many": 1e9}}
     source = Patchy({path!r})
     text = corpus({path!r})
     stages = [dataclasses.replace(text, name=name, sources=(source,), tokens=n) for name, n in budgets.items()]

@@ -177,6 +177,8 @@ def _unfit(message: Any) -> str | None:
         return "deleted"
     if message.get("review_result") is False:
         return "failed its review"
+    if isinstance(message.get("text"), str) and not message["text"].strip():
+        return "blank"
     return None if message.get("lang") == _ENGLISH else "not in English"
 
 

@@ -26,6 +26,7 @@ B = TypeVar("B")
 # Pinned: with other numbers text is cut at other places, and rows differ.
 CHUNK_CHARACTERS = 1 << 16
 UNIT_CHUNKS = 1024
+UNIT_CHARACTERS = 1 << 27  # a unit is held in memory: of documents longer than a chunk it has fewer chunks
 
 
 class Chunk(NamedTuple):
@@ -159,10 +160,10 @@ def chunks(sources: Sequence[Any], form: Form) -> Iterator[Chunk]:
     """All that the sources hold, in their order.
 
     Raises:
-      ConfigError: as the sources do, or nothing that they hold fits.
+      ConfigError: as the sources do, or nothing that one of them holds fits.
     """
     quarantine = Quarantine()
-    numbers = itertools.count()
+    unit = of_unit = in_unit = 0  # its number, chunks and characters
     items: list[Any] = []
     before, written, size = Counter[str](), 0, 0
     content = hashlib.sha256()
@@ -170,9 +171,9 @@ def chunks(sources: Sequence[Any], form: Form) -> Iterator[Chunk]:
     def chunk() -> Chunk:
         counts, rejected = quarantine.counts - before, quarantine.rows[written:]
         content.update(json.dumps([counts, rejected]).encode())
-        return Chunk(next(numbers) // UNIT_CHUNKS, items, counts, rejected, content.digest())
+        return Chunk(unit, items, counts, rejected, content.digest())
 
-    for item in quarantine.accepted(itertools.chain.from_iterable(map(form.read, sources))):
+    for item in itertools.chain.from_iterable(quarantine.accepted(form.read(source)) for source in sources):
         text = form.text(item)
         items.append(item)
         size += len(text)
@@ -180,6 +181,9 @@ def chunks(sources: Sequence[Any], form: Form) -> Iterator[Chunk]:
         content.update(text.encode())
         if size >= CHUNK_CHARACTERS:
             yield chunk()
+            of_unit, in_unit = of_unit + 1, in_unit + size
+            if of_unit == UNIT_CHUNKS or in_unit >= UNIT_CHARACTERS:
+                unit, of_unit, in_unit = unit + 1, 0, 0
             items, size, content = [], 0, hashlib.sha256()
             before, written = quarantine.counts.copy(), len(quarantine.rows)
     if items or quarantine.counts != before:

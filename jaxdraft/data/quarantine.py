@@ -11,7 +11,7 @@ from jaxdraft.errors import ConfigError
 T = TypeVar("T")
 
 QUARANTINE = "quarantine.jsonl"
-_HOPELESS = 100  # first rows of which at least one has to fit
+_HOPELESS = 10_000  # first rows of a source of which at least one has to fit
 _KEPT = 10_000  # rows that are written down; all are counted
 
 
@@ -65,12 +65,12 @@ class Quarantine:
         self.rows: list[Rejected] = []
 
     def accepted(self, items: Iterable[T | Rejected]) -> Iterator[T]:
-        """The items that are no ``Rejected``.
+        """The items of a source that are no ``Rejected``.
 
         Raises:
-          ConfigError: not one of the first hundred, or of all, fits; the message names the first.
+          ConfigError: not one of the first ten thousand, or of all, fits; the message names the first.
         """
-        fits = 0
+        fits = number = 0
         first: Rejected | None = None
         for number, item in enumerate(items, start=1):
             if isinstance(item, Rejected):
@@ -82,7 +82,8 @@ class Quarantine:
             if not fits and number == _HOPELESS:
                 break
         if first and not fits:
-            raise ConfigError(f"{first.where}: {first.reason}; not one row before or after it fits")
+            read = f"of {number:,} rows" if number > 1 else "row"
+            raise ConfigError(f"{first.where}: {first.reason}; not one {read} fits")
 
     def _add(self, row: Rejected) -> None:
         self.counts[row.reason] += 1

@@ -5,6 +5,7 @@ of their contents. Parquet holds them only where it was written with ``write_pag
 may go unseen, unless the file is the hub's, whose sha256 is known; the fingerprint of a source tells it too.
 """
 
+import codecs
 import fnmatch
 import gzip
 import hashlib
@@ -113,11 +114,16 @@ def is_one_place(place: str) -> bool:
 
 def _local_files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(f for f in path.rglob("*") if f.is_file() and _NAME.search(f.name))
+        return sorted(f for f in path.rglob("*") if is_there(f) and _NAME.search(f.name))
     if path.exists():
         return [path]
     root = Path(path.anchor)
-    return sorted(f for f in root.glob(str(path.relative_to(root))) if f.is_file())
+    return sorted(f for f in root.glob(str(path.relative_to(root))) if is_there(f))
+
+
+def is_there(path: Path) -> bool:
+    """Whether it is a file, or a link to one that is gone: to read that is an error, and to leave it out is none."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _selects(pattern: str, name: str) -> bool:
@@ -190,16 +196,20 @@ def _read_jsonl(file: Path) -> Iterator[Row | Rejected]:
             if line.strip():
                 where = f"{file}: line {number}"
                 try:
-                    yield Row(where, number, json.loads(line.decode()))
+                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError:
                     yield Rejected(where, "not UTF-8")
+                except RecursionError:
+                    yield Rejected(where, "nested too deeply")
                 except ValueError as error:
                     yield Rejected(f"{where} ({error})", "not JSON")
+                else:
+                    yield Row(where, number, value)
 
 
 def _read_text(file: Path, separator: str | None) -> Iterator[Row]:
     opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8", newline="\n") as stream:
+    with opened(file, "rt", encoding="utf-8-sig", newline="\n") as stream:
         if separator is None:
             yield Row(str(file), 0, stream.read())
             return
@@ -216,7 +226,7 @@ def _read_text(file: Path, separator: str | None) -> Iterator[Row]:
 def _read_json(file: Path) -> Iterator[Row | Rejected]:
     """A list; or one object per line, as C4 and others have it under this suffix."""
     with _open(file) as stream:
-        if stream.read(_CHUNK).lstrip()[:1] != b"[":
+        if stream.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
             yield from _read_jsonl(file)
             return
     with _open(file) as stream:
@@ -224,7 +234,7 @@ def _read_json(file: Path) -> Iterator[Row | Rejected]:
             yield Row(f"{file}: row {number}", number, value)
 
 
-def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Row | Rejected]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
@@ -234,9 +244,20 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
             raise ConfigError(f"{file} has none of the columns {', '.join(columns or ())}; it has {', '.join(names)}")
         number = 0
         for batch in table.iter_batches(_ROWS, columns=wanted):
-            for value in batch.to_pylist():
-                yield Row(f"{file}: row {number}", number, value)
+            for value in _values(batch):
+                where = f"{file}: row {number}"
+                yield Rejected(where, "not UTF-8") if value is None else Row(where, number, value)
                 number += 1
+
+
+def _values(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None in the place of one with text that is not UTF-8, which Parquet does not look at."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+    return [value for row in range(len(batch)) for value in _values(batch.slice(row, 1))]
 
 
 def _read_array_record(file: Path) -> Iterator[Row]:

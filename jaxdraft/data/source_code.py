@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdraft.data.quarantine import Misfit, Rejected
-from jaxdraft.data.readers import Row, files_fingerprint
+from jaxdraft.data.readers import Row, files_fingerprint, is_there
 from jaxdraft.data.sources import documents_of
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.remote import local_copy
@@ -49,7 +49,7 @@ _HEAD = 1000  # characters in which a generated file says that it is one
 
 @dataclass(frozen=True)
 class SourceCode:
-    """The files of a folder whose suffix is that of a language, in the order of their paths.
+    """The files of a folder whose suffix is that of a language, in the order of their paths, vendored ones last.
 
     Hidden folders are not looked into. Rejected are files in folders of vendored code, generated ones (lock files,
     minified ones, those that say so in their first lines), those above `max_bytes`, binary ones and what is not UTF-8.
@@ -95,10 +95,13 @@ class SourceCode:
         languages = self.languages or tuple(LANGUAGES)
         suffixes = {suffix for language in languages for suffix in LANGUAGES[language]}
         found = []
-        for folder, below, names in os.walk(self._root()):
+        root = self._root()
+        for folder, below, names in os.walk(root):
             below[:] = [name for name in below if not name.startswith(".")]
             found += [Path(folder, name) for name in names if Path(name).suffix in suffixes]
-        files = sorted(file for file in found if file.is_file())
+        # A project may have ten thousand vendored files before its first own one.
+        vendored = lambda file: bool(_VENDORED & set(file.relative_to(root).parts[:-1]))
+        files = sorted((file for file in found if is_there(file)), key=lambda file: (vendored(file), file))
         if not files:
             raise ConfigError(f"{self.path}: no files of {', '.join(self.languages) or 'any known language'} there")
         return files

@@ -457,3 +457,19 @@ def test_settings_from_the_command_line(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             sources(wrong)
+
+
+def test_a_turn_of_a_tree_that_says_nothing_ends_what_goes_through_it(tmp_path):
+    """Else a draft learns to answer with its end token alone."""
+
+    def message(role, text, id, *replies):
+        return {"role": role, "text": text, "message_id": id, "lang": "en", "replies": list(replies)}
+
+    silent = message("assistant", " ", "b", message("prompter", "Again?", "c", message("assistant", "Yes.", "d")))
+    tree = message("prompter", "Well?", "a", silent, message("assistant", "Well.", "e"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": tree}) + "\n")
+    found = list(Instructions("oasst1", path=str(tmp_path / "a.jsonl")).conversations())
+    assert [[turn["content"] for turn in each.messages] for each in found if not isinstance(each, Rejected)] == [
+        ["Well?", "Well."]
+    ]
+    assert [each.reason for each in found if isinstance(each, Rejected)] == ["blank"]

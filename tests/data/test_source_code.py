@@ -1,5 +1,6 @@
 import pytest
 
+from jaxdraft.data import quarantine
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.data.source_code import SourceCode
 from jaxdraft.errors import ConfigError
@@ -34,7 +35,6 @@ def test_files_in_order_and_what_is_left_out(folder):
     assert [(item.where, item.reason) for item in items if isinstance(item, Rejected)] == [
         (f"{folder}/{name}", reason)
         for name, reason in (
-            ("node_modules/x/index.js", "vendored"),
             ("package-lock.json", "generated"),
             ("web/big.c", "more than 500 bytes"),
             ("web/binary.c", "binary"),
@@ -42,6 +42,7 @@ def test_files_in_order_and_what_is_left_out(folder):
             ("web/gen.go", "generated"),
             ("web/latin.py", "not UTF-8"),
             ("web/site.min.js", "generated"),
+            ("node_modules/x/index.js", "vendored"),
         )
     ]
 
@@ -63,3 +64,15 @@ def test_errors(folder, tmp_path):
         list(SourceCode(str(folder / "a.rs")).documents())
     with pytest.raises(ConfigError, match="no files of kotlin there"):
         list(SourceCode(str(folder), languages=("kotlin",)).documents())
+
+
+def test_vendored_files_do_not_stand_before_a_projects_own(folder, monkeypatch):
+    """Thousands of them are in the way of the first own file's: they are no reason to call the folder hopeless."""
+    monkeypatch.setattr(quarantine, "_HOPELESS", 5)
+    for number in range(9):
+        (folder / "node_modules" / f"{number}.js").write_text("x")
+    (folder / "src").mkdir()
+    (folder / "src" / "a.js").write_text("own")
+    found = quarantine.Quarantine()
+    assert list(found.accepted(SourceCode(str(folder), ("javascript",)).documents())) == ["own"]
+    assert found.counts == {"vendored": 10, "generated": 1}

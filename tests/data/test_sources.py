@@ -191,3 +191,46 @@ def test_fingerprint_follows_the_content(folder):
     assert source.fingerprint() == before
     (folder / "a.jsonl").write_text('{"text": "changed"}')
     assert source.fingerprint() != before
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", b"text"),
+        ("a.jsonl", b'{"text": "text"}\n'),
+        ("a.json", b'[{"text": "text"}]'),
+        ("b.json", b'{"text": "text"}'),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(BOM + content)
+    assert list(Text(str(tmp_path / name)).documents()) == ["text"]
+
+
+def test_a_line_that_is_nested_too_deeply_costs_no_other(tmp_path):
+    deep = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{deep}\n{{"text": "three"}}\n')
+    items = list(Text(str(tmp_path / "a.jsonl")).documents())
+    assert items == ["one", Rejected(f"{tmp_path}/a.jsonl: line 2", "nested too deeply"), "three"]
+
+
+def test_a_parquet_row_that_is_not_utf8_costs_no_other(tmp_path):
+    offsets = np.array([0, 2, 4, 6], np.int32)
+    texts = pyarrow.StringArray.from_buffers(3, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"aa\xff\xfebb"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    items = list(Text(str(tmp_path / "a.parquet")).documents())
+    assert items == ["aa", Rejected(f"{tmp_path}/a.parquet: row 1", "not UTF-8"), "bb"]
+
+
+def test_a_link_to_a_file_that_is_gone_is_an_error(tmp_path):
+    """A hub's cache is links: a shard whose content was evicted must not be left out in silence."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "evicted")
+    for place in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(ConfigError, match=r"b\.txt: cannot be read"):
+            documents(place)
+        with pytest.raises(OSError, match="No such file"):
+            Text(str(place)).fingerprint()
