@@ -16,15 +16,17 @@ runs/direct-alignment-data --stage responses` shows answers at random.
 
 Every source can be read from a folder of the same shape, and cut short, to try it all on a small target first:
 
-    --set target.path=FOLDER --set fineweb.path=TEXT.jsonl --set text.tokens=200_000 --set oasst.path=TREES.jsonl \\
-    --set oasst.limit=40 --set responses.max_new_tokens=48 …
+    --set target.path=FOLDER --set length=512 --set fineweb.path=TEXT.jsonl --set text.tokens=200_000 \\
+    --set oasst.path=TREES.jsonl --set oasst.limit=40 --set responses.max_new_tokens=48 …
 """
+
+import dataclasses
 
 from jaxdraft.data.named import Corpus, Instructions
 from jaxdraft.models import presets
 from jaxdraft.recipe import Generate, HFModel, Prepare, Recipe
 
-LENGTH, PROMPT, ANSWER = 2048, 512, 256
+PROMPT, ANSWER = 512, 256
 SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
     "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
@@ -43,14 +45,15 @@ def recipe(
     dolly: Instructions = Instructions("dolly", limit=200, max_tokens=PROMPT),  # noqa: B008
     xsum: Instructions = Instructions("xsum", limit=100, max_tokens=2 * PROMPT),  # noqa: B008
     cnn: Instructions = Instructions("cnn-dailymail", limit=100, max_tokens=2 * PROMPT),  # noqa: B008
+    length: int = 2048,
 ):
     return Recipe(
         title="Direct Alignment: the data",
         description="Text for pretraining and the distillation set of arXiv 2403.00858, section 3 and appendix A.4.",
         target=target,
-        draft=presets.llama2_chat_drafter_115m,
+        draft=dataclasses.replace(presets.llama2_chat_drafter_115m, vocab_size=None),  # the target's
         stages=(
-            Prepare("text", sources=(fineweb,), length=LENGTH, tokens=10e9),
+            Prepare("text", sources=(fineweb,), length=length, tokens=10e9),
             Generate(
                 "responses",
                 prompts=(oig, oasst),
@@ -58,7 +61,7 @@ def recipe(
                 top_p=0.95,
                 system_prompts=("", SYSTEM),
                 max_new_tokens=ANSWER,
-                length=LENGTH,
+                length=length,
                 batch_size=64,
             ),
             Generate(
@@ -67,7 +70,7 @@ def recipe(
                 temperatures=(0.0, 0.6),
                 top_p=0.9,
                 max_new_tokens=128,
-                length=LENGTH,
+                length=length,
                 batch_size=64,
             ),
         ),

@@ -18,13 +18,15 @@ Every source can be read from a folder of the same shape, and cut short, as in `
 scale=1e-5` takes so much of all text.
 """
 
+import dataclasses
+
 from jaxdraft.data.magpie import Magpie
 from jaxdraft.data.named import Corpus, Instructions
 from jaxdraft.data.passages import Continuations
 from jaxdraft.models import presets
 from jaxdraft.recipe import Generate, HFModel, Prepare, Recipe, Subset, Written
 
-LENGTH, PROMPT, ANSWER = 2048, 512, 512
+PROMPT, ANSWER = 512, 512
 SAMPLES = {"100M": 1e8, "500M": 5e8, "1B": 1e9, "2B": 2e9, "2500M": 2.5e9, "5B": 5e9}
 
 
@@ -41,17 +43,18 @@ def recipe(
     dolly: Instructions = Instructions("dolly", limit=200, max_tokens=PROMPT),  # noqa: B008
     humaneval: Instructions = Instructions("humaneval", max_tokens=PROMPT, form="plain"),  # noqa: B008
     tinystories: Corpus = Corpus("tinystories", split="validation"),  # noqa: B008
+    length: int = 2048,
     scale: float = 1.0,
 ):
     return Recipe(
         title="FastDraft: the data",
         description="Text, code and the alignment set of arXiv 2411.11055, sections 4.1 and 5.1 to 5.4.",
         target=target,
-        draft=presets.fastdraft_phi3_50m,
+        draft=dataclasses.replace(presets.fastdraft_phi3_50m, vocab_size=None),  # the target's
         stages=(
-            Prepare("text", sources=(fineweb,), length=LENGTH, tokens=round(10e9 * scale)),
+            Prepare("text", sources=(fineweb,), length=length, tokens=round(10e9 * scale)),
             *(Subset(f"text-{name}", data="text", tokens=round(tokens * scale)) for name, tokens in SAMPLES.items()),
-            Prepare("code", sources=(stack,), length=LENGTH, tokens=round(10e9 * scale)),
+            Prepare("code", sources=(stack,), length=length, tokens=round(10e9 * scale)),
             Subset("code-5B", data="code", tokens=round(5e9 * scale)),
             Generate(
                 "instructions",
@@ -59,7 +62,7 @@ def recipe(
                 temperatures=(1.0,),
                 top_p=1.0,
                 max_new_tokens=PROMPT,
-                length=LENGTH,
+                length=length,
                 batch_size=64,
             ),
             Generate(
@@ -68,17 +71,17 @@ def recipe(
                 temperatures=(0.0, 0.6, 0.8, 1.0),
                 top_p=1.0,
                 max_new_tokens=ANSWER,
-                length=LENGTH,
+                length=length,
                 batch_size=64,
             ),
-            Prepare("originals", sources=(oig,), length=LENGTH, labels="assistant"),
+            Prepare("originals", sources=(oig,), length=length, labels="assistant"),
             Generate(
                 "probe",
                 prompts=(cnn, Continuations(tinystories, limit=100, max_tokens=PROMPT), dolly, humaneval),
                 temperatures=(0.0, 0.6),
                 top_p=1.0,
                 max_new_tokens=128,
-                length=LENGTH,
+                length=length,
                 batch_size=64,
             ),
         ),

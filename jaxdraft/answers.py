@@ -101,15 +101,21 @@ def missing(shards: Sequence[Shard], generator: Mapping[str, Any], say: Callable
         if not shard.record.exists():
             found.append(i)
             continue
-        record = json.loads(shard.record.read_text("utf-8"))
-        if differing := [key for key, value in generator.items() if record["generator"].get(key) != value]:
+        try:
+            record = json.loads(shard.record.read_text("utf-8"))
+            made_by, hashes = dict(record["generator"]), dict(record["sha256"])
+        except (ValueError, LookupError, TypeError):
+            say(f"    {shard.record.name} is damaged; the shard is written again")
+            found.append(i)
+            continue
+        if differing := [key for key, value in generator.items() if made_by.get(key) != value]:
             key = differing[0]
             raise ConfigError(
-                f"{shard.path}: written with {key} {record['generator'].get(key)!r}, here it is {generator[key]!r}: "
+                f"{shard.path}: written with {key} {made_by.get(key)!r}, here it is {generator[key]!r}: "
                 f"go on where it was begun, or delete {shard.path.parent} to write all answers anew"
             )
         kept = {path.name: sha256(path) for path in shard.files}
-        if lost := [name for name, expected in record["sha256"].items() if kept.get(name) != expected]:
+        if lost := [name for name, expected in hashes.items() if kept.get(name) != expected]:
             what = "damaged: its sha256 is not that of its record" if lost[0] in kept else "gone"
             say(f"    {shard.path.with_name(lost[0])} is {what}; the shard is written again")
             found.append(i)
@@ -140,6 +146,8 @@ def account(shards: Sequence[Shard], skipped: Mapping[str, int], generator: Mapp
             raise ConfigError(f"{shard.path} does not hold the answers to its questions: delete it and run again")
         questions += len(lines)
         for question, line in zip(shard.questions, lines, strict=True):
+            if "error" not in line and tuple(line["prompt_tokens"]) != question.prompt.tokens:
+                raise ConfigError(f"{shard.path} answers other prompts than are asked now: delete it and run again")
             prompts.add(question.prompt.id)
             if "error" in line:
                 errors[line["error"]] += 1

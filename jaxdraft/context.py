@@ -141,15 +141,17 @@ class Context:
         assert isinstance(stage, Train)
         return stage.model or self.recipe.draft
 
+    def target_config(self) -> ModelConfig:
+        """The target's full shape, also of one that a stage trains."""
+        if isinstance(self.recipe.target, HFModel):
+            return self.target_shape
+        stage = self.recipe.stage(self.recipe.target)
+        assert isinstance(stage, Train)
+        return self.trained_config(stage)
+
     def draft_config(self) -> ModelConfig:
         """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
-        if isinstance(self.recipe.target, HFModel):
-            target = self.target_shape
-        else:
-            stage = self.recipe.stage(self.recipe.target)
-            assert isinstance(stage, Train)
-            target = self.trained_config(stage)
-        draft = self.recipe.draft
+        target, draft = self.target_config(), self.recipe.draft
         if draft.vocab_size not in (None, target.vocab_size):
             raise ConfigError(
                 f"draft.vocab_size is {draft.vocab_size}, the target's {target.vocab_size}: leave the draft's out"

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -64,12 +65,12 @@ def run_generate(stage: Generate, context: Context) -> Outputs:
     if is_lead():
         context.home.fetch(stage.name)  # what other processes wrote
         account = answers.account(shards, quarantine.counts, _generator(stage, context))
-        _check(stage.name, account)
+        _check(stage.name, account, folder)
         write_json(folder / ACCOUNT, account)
         made = [*(path for shard in shards for path in shard.files), folder / ACCOUNT, *quarantine.write(folder)]
 
     counts: collections.Counter[str] = collections.Counter()
-    eos_ids = context.draft_config().eos_ids
+    eos_ids = context.target_config().eos_ids
     labels = lambda question: _prompt_labels(stage.labels, question.prompt, context.tokenizer, eos_ids)
     found = answers.examples(shards, labels, as_written) if is_lead() else ()
     rows: Iterator[Mapping[str, np.ndarray]] = pack_whole(found, stage.length, counts)
@@ -156,21 +157,22 @@ def _lines(
             )
             for place, question in asked.items()
         )
-        for reply in ask_server(stage.server, sent, context.tokenizer, context.draft_config().eos_ids):
+        for reply in ask_server(stage.server, sent, context.tokenizer, context.target_config().eos_ids):
             yield reply.key, _line(asked[reply.key], reply, context), None
         return
     model = Model.load(context.target_folder if writer == TARGET else context.model_folder(writer), mesh)
     draft = None if stage.draft is None else Model.load(context.model_folder(stage.draft), mesh)
+    places = {question.id: place for place, question in asked.items()}  # an error names questions by their ids
     requests = (
         Request(
-            key=place,
+            key=question.id,
             tokens=question.prompt.tokens,
             max_new_tokens=question.max_new_tokens,
             temperature=question.temperature,
             top_p=question.top_p,
             example_id=question.example_id,
         )
-        for place, question in asked.items()
+        for question in asked.values()
     )
     for finished in stream(
         model.decoder,
@@ -185,8 +187,12 @@ def _lines(
         keep=Keep(**dataclasses.asdict(stage.keep_logits)) if stage.keep_logits and writing.format else None,
         usage=usage,
     ):
-        place, tokens = finished.request.key, finished.tokens
+        place, tokens = places[finished.request.key], finished.tokens
         question = asked[place]
+        if max(tokens) >= context.tokenizer.vocab_size:  # a model may have rows to spare
+            reply = Reply(place, error="the writer drew a token id that the tokenizer does not have")
+            yield place, _line(question, reply, context), None
+            continue
         finish = "eos" if tokens[-1] in model.decoder.config.eos_ids else "length"
         text = context.tokenizer.continuation(question.prompt.tokens, tokens)
         scores = finished.scores and TokenScores(*map(np.asarray, finished.scores))
@@ -238,13 +244,16 @@ def _source(stage: Generate, context: Context) -> dict[str, Any]:
     return source
 
 
-def _check(name: str, account: Mapping[str, Any]) -> None:
+def _check(name: str, account: Mapping[str, Any], folder: Path) -> None:
     found = account["answers"]
     if found["asked"] != found["written"] + sum(found["errors"].values()):
         raise AssertionError(f"{name}: {found} does not add up")
     if not found["written"]:
         reasons = ", ".join(f"{count} times {reason}" for reason, count in found["errors"].items())
-        raise ConfigError(f"{name}: not one of {found['asked']} questions was answered: {reasons}")
+        raise ConfigError(
+            f"{name}: not one of {found['asked']} questions was answered: {reasons}; see to that, then delete {folder} "
+            "to ask again"
+        )
 
 
 def _facts(account: Mapping[str, Any], usage: Usage) -> dict[str, Any]:

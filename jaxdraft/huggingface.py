@@ -41,6 +41,11 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from None
 
 
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit's full name, and not a branch or tag that may move."""
+    return bool(_COMMIT.fullmatch(revision))
+
+
 @functools.cache  # within a process a branch stays where it was found
 def list_dataset(repository: str, revision: str | None, pattern: str) -> tuple[str, tuple[str, ...]]:
     """The commit that a revision of a dataset is, and the names of its files, sorted.
@@ -52,7 +57,7 @@ def list_dataset(repository: str, revision: str | None, pattern: str) -> tuple[s
     """
     import huggingface_hub
 
-    if not _COMMIT.fullmatch(revision or ""):
+    if not is_commit(revision or ""):
         branch = f"revision {revision!r}" if revision else "its main branch"
         _log.warning("%s is read at %s, which may change between runs: pin a commit", repository, branch)
     with hub_errors(repository):

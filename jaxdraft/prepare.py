@@ -234,7 +234,7 @@ def _form(stage: Prepare, context: Context) -> tuple[Form, str]:
     """How the text becomes rows, and what a piece of it is called."""
     if stage.labels is None:
         return Documents(context.tokenizer, stage.length, stage.segments), "document"
-    eos_ids = context.draft_config().eos_ids
+    eos_ids = context.target_config().eos_ids
     return Conversations(context.tokenizer, stage.length, stage.labels, eos_ids), "conversation"
 
 

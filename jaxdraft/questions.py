@@ -8,18 +8,18 @@ import bisect
 import collections
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxdraft.context import Context
-from jaxdraft.data.conversations import user_turn
+from jaxdraft.data.conversations import prompt_mask, user_turn
 from jaxdraft.data.prompts import Message, Prompt, example_id
 from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.decode.batching import bucket_length
 from jaxdraft.errors import ConfigError
-from jaxdraft.recipe import Generate, Written
-from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.recipe import TARGET, Generate, Train, Written
+from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 from jaxdraft.tracking import read_jsonl
 
 
@@ -58,33 +58,66 @@ def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Quest
     Raises:
       ConfigError: two have the same id, or there are none.
     """
-    seed, tokenizer = context.recipe.seed, context.tokenizer
-    limit = context.target_shape.max_positions
+    positions = {name: _positions(name, context) for name in stage.writers}
+    eos_ids = context.draft_config().eos_ids
     questions: list[Question] = []
-    for prompt in quarantine.accepted(_prompts(stage, context, limit)):
-        given = prompt.temperature
-        for temperature in stage.temperatures if given is None else (given,):
-            name = f"{prompt.id}@{temperature:g}"
-            asked = prompt
-            if stage.system_prompts:
-                system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
-                asked = with_system(tokenizer, prompt, system)
-            questions.append(
-                Question(
-                    number=len(questions),
-                    id=name,
-                    prompt=asked,
-                    temperature=temperature,
-                    top_p=prompt.top_p or stage.top_p,
-                    max_new_tokens=prompt.max_new_tokens or stage.max_new_tokens,
-                    writer=choice(f"{seed}/writer/{name}", stage.writers),
-                )
-            )
+    for asked in quarantine.accepted(
+        prompt if isinstance(prompt, Rejected) else _asked(stage, context, prompt, positions, eos_ids)
+        for prompt in _prompts(stage, context)
+    ):
+        questions += [replace(question, number=len(questions) + i) for i, question in enumerate(asked)]
     if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
-        raise ConfigError(f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own")
+        raise ConfigError(
+            f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own "
+            "(each Magpie a name=)"
+        )
     if not questions:
         raise ConfigError(f"{stage.name}: no prompts")
     return questions
+
+
+def _asked(
+    stage: Generate, context: Context, prompt: Prompt, positions: Mapping[str, int], eos_ids: Collection[int]
+) -> list[Question] | Rejected:
+    """A prompt's questions, numbered from 0; none of them where one cannot be asked."""
+    seed, given, found = context.recipe.seed, prompt.temperature, list[Question]()
+    for temperature in stage.temperatures if given is None else (given,):
+        name, asked = f"{prompt.id}@{temperature:g}", prompt
+        try:
+            if any(stage.system_prompts):
+                system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
+                asked = with_system(context.tokenizer, prompt, system)
+            if stage.labels == "assistant" and asked.messages is not None:  # not only when all is answered
+                prompt_mask(context.tokenizer, asked.messages, eos_ids=eos_ids)
+        except ChatTemplateError as error:
+            return Rejected(f"prompt {prompt.id}", str(error))
+        writer = choice(f"{seed}/writer/{name}", stage.writers)
+        limit = prompt.max_new_tokens or stage.max_new_tokens
+        if len(asked.tokens) + limit > positions[writer]:
+            return Rejected(
+                f"prompt {prompt.id}", f"with its answer longer than the {positions[writer]} positions of {writer}"
+            )
+        found.append(
+            Question(
+                number=len(found),
+                id=name,
+                prompt=asked,
+                temperature=temperature,
+                top_p=prompt.top_p or stage.top_p,
+                max_new_tokens=limit,
+                writer=writer,
+            )
+        )
+    return found
+
+
+def _positions(writer: str, context: Context) -> int:
+    """The longest text that a writer of answers takes."""
+    if writer == TARGET:
+        return context.target_shape.max_positions
+    stage = context.recipe.stage(writer)
+    assert isinstance(stage, Train)
+    return context.trained_config(stage).max_positions
 
 
 def choice(name: str, shares: Mapping[str, float]) -> str:
@@ -100,11 +133,15 @@ def with_system(tokenizer: Tokenizer, prompt: Prompt, system: str) -> Prompt:
 
     Raises:
       ConfigError: the prompt is no conversation.
+      ChatTemplateError: the template takes no system prompt.
     """
+    if prompt.messages is None:
+        raise ConfigError(
+            f"prompt {prompt.id}: system_prompts need prompts given as messages "
+            "(Magpie takes a system prompt as system=)"
+        )
     if not system:
         return prompt
-    if prompt.messages is None:
-        raise ConfigError(f"prompt {prompt.id}: system_prompts need prompts given as messages")
     if prompt.messages[0]["role"] == "system":
         return prompt
     messages = ({"role": "system", "content": system}, *prompt.messages)
@@ -117,18 +154,14 @@ def rendered(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> dict[str, A
     return {"messages": messages, "text": text, "tokens": tuple(tokenizer.encode(text, bos=False))}
 
 
-def _prompts(stage: Generate, context: Context, limit: int) -> Iterator[Prompt | Rejected]:
+def _prompts(stage: Generate, context: Context) -> Iterator[Prompt | Rejected]:
     for source in stage.prompts:
         found: Iterable[Prompt | Rejected]
         if isinstance(source, Written):
             found = written(source, read_answers(context, source.stage), context.tokenizer)
         else:
             found = source.prompts(context.tokenizer)
-        for prompt in found:
-            if isinstance(prompt, Prompt) and len(prompt.tokens) + stage.max_new_tokens > limit:
-                yield Rejected(f"prompt {prompt.id}", f"with its answer longer than the target's {limit} positions")
-            else:
-                yield prompt
+        yield from found
 
 
 def read_answers(context: Context, stage: str) -> Iterator[dict[str, Any]]:
@@ -152,7 +185,9 @@ def written(source: Written, lines: Iterable[Mapping[str, Any]], tokenizer: Toke
         if "error" in line:
             yield Rejected(where, "was not written")
             continue
-        text, is_closed = line["text"], line["finish"] == "eos"
+        is_closed = line["finish"] == "eos"
+        said = line["tokens"][: len(line["tokens"]) - is_closed]  # a template's tokens are no part of the line's text
+        text = tokenizer.continuation(line["prompt_tokens"], said, skip_special=False)
         if closing and closing in text:
             text, is_closed = text[: text.index(closing)], True
         text, words = text.strip(), " ".join(text.lower().split())
@@ -167,7 +202,7 @@ def written(source: Written, lines: Iterable[Mapping[str, Any]], tokenizer: Toke
             yield Rejected(where, "duplicate")
         else:
             seen.add(words)
-            prompt = Prompt(line["id"], **rendered(tokenizer, ({"role": "user", "content": text},)))
+            prompt = Prompt(f"{source.stage}:{line['id']}", **rendered(tokenizer, ({"role": "user", "content": text},)))
             if source.max_tokens is not None and len(prompt.tokens) > source.max_tokens:
                 yield Rejected(where, f"more than {source.max_tokens} tokens")
             else:

@@ -143,8 +143,9 @@ class Generate(Stage):
       labels: which tokens count as labels: of ``"answers"``; also of the ``"assistant"``'s earlier turns in a prompt
         that is a conversation; or ``"all"``, whole prompts too.
       keep_logits: store the target's distribution beside the rows. It is what the target wrote from, kept while it
-        writes; where others write too, or prompts are labels, a pass of the target over the rows. To change it without
-        answering anew, leave it out and add a Score stage.
+        writes, with all of a text in sight even where ``length`` cuts it; where others write too, or prompts are
+        labels, a pass of the target over the rows, which sees each piece alone. To change it without answering anew,
+        leave it out and add a Score stage.
       writer: who answers: ``"target"``, a Train stage, or shares such as ``{"target": .5, "pretrain": .5}``. Of
         several, an answer's id and the seed choose its writer.
       draft: a Train stage's model that drafts for the writer: the same text, sooner.
@@ -171,8 +172,10 @@ class Generate(Stage):
         shares = self.writers.values()
         if not shares or min(shares) <= 0 or not math.isclose(sum(shares), 1):
             raise ConfigError(f"{self.name}: writer is {self.writer}: shares must be positive and sum to 1")
-        if not self.temperatures or min(self.temperatures) < 0:
+        if not self.temperatures or not all(0 <= temperature < math.inf for temperature in self.temperatures):
             raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: give at least one, none negative")
+        if len({f"{temperature:g}" for temperature in self.temperatures}) < len(self.temperatures):
+            raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: give none twice, to six digits")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"{self.name}: top_p is {self.top_p}: it must lie in (0, 1]")
         if min(self.max_new_tokens, self.batch_size, self.shard_size, self.block_size, self.length - 1) < 1:

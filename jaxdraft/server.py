@@ -64,10 +64,10 @@ class Server:
 
     url: str
     model: str | None = None
-    concurrency: int = 16
-    retries: int = 6
-    timeout: float = 600.0
-    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = dataclasses.field(default=16, compare=False)  # this and the next change no answer
+    retries: int = dataclasses.field(default=6, compare=False)
+    timeout: float = dataclasses.field(default=600.0, compare=False)
+    key_variable: str = dataclasses.field(default="OPENAI_API_KEY", compare=False)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -270,6 +270,8 @@ class _Client:
             tokens = self._encoded(prompt, choice.get("text") or message.get("content") or "", written)
         if tokens is None:
             return Reply(key, error="the server reports no token ids, and the answer's text does not tell them")
+        if not all(type(token) is int and 0 <= token < self._tokenizer.vocab_size for token in tokens):
+            return Reply(key, error="the server writes token ids that the target's tokenizer does not have")
         if finish == "stop" and self._eos_ids.isdisjoint(tokens[-1:]):
             tokens = [*tokens, self._end_of(prompt)]
         text = self._tokenizer.continuation(prompt.tokens, tokens)

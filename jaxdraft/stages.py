@@ -205,6 +205,9 @@ EXECUTE: dict[type[Stage], Callable[[Any, Context], Outputs]] = {
 TOGETHER = (Prepare, Train, Generate, Score, Evaluate)
 """What all processes do together; the lead alone does the rest. Files and facts are the lead's."""
 
+RENDER = (Prepare, Generate, Evaluate)
+"""What may read conversations, in the words of the chat template."""
+
 
 def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
@@ -213,6 +216,8 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
         found["target"] = context.target_hash
     if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
         found["tokenizer"] = context.tokenizer.fingerprint()
+        if isinstance(stage, RENDER) and (template := context.tokenizer.template_fingerprint()):
+            found["chat template"] = template
     return found
 
 

@@ -31,7 +31,7 @@ def target_logits(name: str, keep: TopK, context: Context) -> dict[str, Any]:
     Raises:
       ConfigError: k is not less than the target's vocabulary.
     """
-    vocabulary = context.draft_config().vocabulary
+    vocabulary = context.target_config().vocabulary
     if keep.k >= vocabulary:
         raise ConfigError(f"{name}: keep_logits.k is {keep.k}: it must be less than the target's {vocabulary} tokens")
     return {"k": keep.k, "temperature": keep.temperature, "target": context.target_hash, "vocabulary": vocabulary}

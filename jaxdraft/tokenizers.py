@@ -186,9 +186,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._backend.decode(ids, skip_special)
 
-    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int], skip_special: bool = True) -> str:
         """The text that `ids` add after `prompt`; decoded alone, a first piece would lose its space."""
-        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
+        return self.decode([*prompt, *ids], skip_special)[len(self.decode(prompt, skip_special)) :]
 
     def pieces(self) -> list[str]:
         """The piece of every id, in the tokenizer's own spelling; "" for an id without one."""
@@ -236,6 +236,16 @@ class Tokenizer:
             raise ChatTemplateError(f"the chat template does not take the conversation: {error}") from error
         assert isinstance(text, str)
         return text
+
+    def template_fingerprint(self) -> str | None:
+        """sha256 of the folder's chat template; None where it has none."""
+        file = self.folder / "chat_template.jinja"
+        template = (
+            file.read_text("utf-8")
+            if file.is_file()
+            else _read_json(self.folder / "tokenizer_config.json").get("chat_template")
+        )
+        return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()
 
     @functools.cached_property
     def _fingerprint(self) -> str:

@@ -67,6 +67,15 @@ def test_what_is_missing_is_what_was_not_committed_whole(shards):
         answers.missing(shards, {"dtype": "bfloat16"}, said.append)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"answers": 3, "sha2', b"\xff", b"[]", b'{"sha256": {}}'])
+def test_a_damaged_record_is_named_and_its_shard_written_again(shards, content):
+    fill(shards)
+    shards[1].record.write_bytes(content)
+    said = []
+    assert answers.missing(shards, GENERATOR, said.append) == [1]
+    assert f"{shards[1].record.name} is damaged" in said[0]
+
+
 def test_every_question_is_accounted_for(shards):
     fill(shards)
     first = shards[0]
@@ -89,6 +98,13 @@ def test_a_file_that_holds_other_questions_is_named(shards):
     swapped = [json.loads(text) for text in shards[1].path.read_text().splitlines()][::-1]
     answers.commit(shards[1], swapped, GENERATOR)
     with pytest.raises(ConfigError, match=shards[1].path.name):
+        answers.account(shards, {}, GENERATOR)
+
+
+def test_a_file_that_answers_other_prompts_of_the_same_ids_is_named(shards):
+    fill(shards)
+    answers.commit(shards[1], [line(question, prompt_tokens=[9]) for question in shards[1].questions], GENERATOR)
+    with pytest.raises(ConfigError, match=f"{shards[1].path.name} answers other prompts than are asked now"):
         answers.account(shards, {}, GENERATOR)
 
 

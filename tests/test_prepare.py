@@ -382,6 +382,14 @@ def test_conversations_stay_whole(shared_data, tmp_path, small_units, labels):
     assert sum(rows.manifest.get("quarantined", {}).values()) == refused == (10 if labels == "assistant" else 0)
 
 
+def test_units_of_another_chat_template_are_made_anew(shared_data, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(shared_data / "tokenizers" / "phi3-mini", folder, copy_function=shutil.copyfile)
+    before = chunks.Conversations(load_tokenizer(folder), 64, "all", (32000,)).settings
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert chunks.Conversations(load_tokenizer(folder), 64, "all", (32000,)).settings != before
+
+
 def test_conversations_are_asked_for_where_there_are_some():
     with pytest.raises(ConfigError, match=r"corpus: Text has no conversations\(\): leave labels out"):
         corpus("text.jsonl", labels="assistant")

@@ -1,6 +1,7 @@
 """A whole recipe, really run: what is done stays done, what changed runs again, what was killed ends the same."""
 
 import collections
+import dataclasses
 import gc
 import hashlib
 import importlib
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 
 from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
+from jaxdraft.data.prompts import PromptFile
 from jaxdraft.data.records import PackedRows
 from jaxdraft.decode import acceptance_ratios, generate
 from jaxdraft.errors import ConfigError, Interrupted
@@ -28,13 +30,13 @@ from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
 from jaxdraft.losses import KL, TVDPlusPlus
-from jaxdraft.models import Decoder, head_weight, logits
-from jaxdraft.models.hf import load_config, load_model
+from jaxdraft.models import Decoder, ModelConfig, head_weight, init_params, logits
+from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
 from jaxdraft.plan.hardware import Hardware
 from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.stages import plan_stages, row_bytes
-from jaxdraft.recipe import TopK
+from jaxdraft.recipe import Generate, HFModel, Recipe, TopK
 from jaxdraft.recipe_file import load_recipe
 from jaxdraft.run import _interruptible, plan_all, run
 from jaxdraft.settings import to_json
@@ -580,3 +582,51 @@ def test_plan_foretells_what_lies_there(tiny_run):
     assert "3 checkpoints" in plans["distill"].storage
     exported = (tiny_run / "export" / "model.safetensors").stat().st_size
     assert 0 < exported - plans["export"].storage["model"] < 4096
+
+
+def test_another_chat_template_asks_anew(shared_data, tmp_path):
+    target, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(shared_data / "models" / "stories260K-hf", target, copy_function=shutil.copyfile)
+    template = target / "chat_template.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    prompts.write_text('{"messages": [{"role": "user", "content": "Once"}]}\n')
+    stage = Generate("made", prompts=(PromptFile(str(prompts)),), length=32, max_new_tokens=4, temperatures=(0.0,))
+    draft = ModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+    recipe = Recipe(title="Chat", target=HFModel(str(target)), draft=draft, stages=(stage,))
+    run(recipe, tmp_path / "run")
+    assert [plan.state for plan in plan_all(recipe, tmp_path / "run")] == ["done"]
+    template.write_text(template.read_text().replace("m.content", "'USER: ' + m.content"))
+    (plan,) = plan_all(recipe, tmp_path / "run")
+    assert (plan.state, plan.reason) == ("changed", "runs again, input chat template has changed")
+
+
+def test_a_token_that_the_tokenizer_does_not_have_costs_its_answer_alone(shared_data, tmp_path):
+    """Phi-3 and Qwen have rows that no token of their tokenizers uses; here there are as many as others."""
+    target, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(shared_data / "models" / "stories260K-hf", target, copy_function=shutil.copyfile)
+    config = dataclasses.replace(load_config(target), vocab_size=1024)
+    save_model(target, config, init_params(config, jax.random.key(0)))
+    prompts.write_text("".join(json.dumps({"prompt": f"Once {i}"}) + "\n" for i in range(40)))
+    how = {"length": 32, "max_new_tokens": 1, "temperatures": (1.0,), "keep_logits": TopK(4)}
+    draft = ModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+    stages = (Generate("made", prompts=(PromptFile(str(prompts)),), **how),)
+    run(Recipe(title="Spare", target=HFModel(str(target)), draft=draft, stages=stages), tmp_path / "run")
+    account = json.loads((tmp_path / "run" / "made" / "answers.json").read_text())["answers"]
+    assert 0 < account["written"] < account["asked"] == 40
+    assert account["errors"] == {"the writer drew a token id that the tokenizer does not have": 40 - account["written"]}
+    assert (
+        json.loads((tmp_path / "run" / "made" / "manifest.json").read_text())["counts"]["examples"]
+        == account["written"]
+    )
+
+
+def test_questions_whose_numbers_are_not_finite_are_named(shared_data, tmp_path):
+    target, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(shared_data / "models" / "stories260K-hf", target, copy_function=shutil.copyfile)
+    config, params = load_model(target)
+    save_model(target, config, jax.tree.map(lambda x: x * np.nan, params))
+    prompts.write_text('{"id": "tale", "prompt": "Once"}\n')
+    stage = Generate("made", prompts=(PromptFile(str(prompts)),), length=32, max_new_tokens=1, temperatures=(0.0,))
+    draft = ModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+    with pytest.raises(FloatingPointError, match="tale@0"):
+        run(Recipe(title="Broken", target=HFModel(str(target)), draft=draft, stages=(stage,)), tmp_path / "run")

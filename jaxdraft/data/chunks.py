@@ -127,7 +127,8 @@ class Conversations:
 
     @property
     def settings(self) -> list[Any]:
-        return [self.tokenizer.fingerprint(), self.length, self.labels, sorted(self.eos_ids)]
+        tokens = self.tokenizer.fingerprint(), self.tokenizer.template_fingerprint()
+        return [*tokens, self.length, self.labels, sorted(self.eos_ids)]
 
     def read(self, source: Any) -> Iterator[Conversation | Rejected]:
         return source.conversations()

@@ -21,10 +21,12 @@ class Magpie:
     Attributes:
       count: instructions to be written. Each is drawn anew, so the temperature must be above 0.
       system: a system prompt before the turn, which steers what is asked (Magpie, section 2.2).
+      name: begins its prompts' ids; two in one stage need two.
     """
 
     count: int
     system: str | None = None
+    name: str = "magpie"
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -33,4 +35,4 @@ class Magpie:
     def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt]:
         turn = user_turn(tokenizer, self.system)
         for number in range(self.count):
-            yield Prompt(f"magpie:{number}", turn.tokens, turn.prefix)
+            yield Prompt(f"{self.name}:{number}", turn.tokens, turn.prefix)

@@ -20,7 +20,7 @@ from jaxdraft.data.contents import contents_of
 from jaxdraft.data.conversations import Conversation
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Misfit, Rejected, first
-from jaxdraft.data.readers import Files, Row, is_one_place, text_of
+from jaxdraft.data.readers import Files, Row, fingerprint_of, is_one_place, text_of
 from jaxdraft.data.sources import documents_of
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
@@ -53,21 +53,26 @@ class _Named:
     def _set(self) -> DataSet:
         return self.known[self.name]
 
+    @property
+    def place(self) -> str:
+        """Where the files are, as ``Files`` takes it."""
+        pattern = self._set.files[self.split or next(iter(self._set.files))]
+        if self.path is not None:
+            return self.path if is_one_place(self.path) else f"{self.path.rstrip('/')}/{pattern}"
+        revision = self.revision or self._set.revision
+        at = f"@{urllib.parse.quote(revision, safe='')}" if revision else ""
+        return f"hf://datasets/{self._set.repository}{at}/{pattern}"
+
     def files(self) -> Files:
         """The files read, in order.
 
         Raises:
           ConfigError: there are none, or the hub cannot be reached.
         """
-        pattern = self._set.files[self.split or next(iter(self._set.files))]
-        if self.path is not None:
-            return Files(self.path if is_one_place(self.path) else f"{self.path.rstrip('/')}/{pattern}")
-        revision = self.revision or self._set.revision
-        at = f"@{urllib.parse.quote(revision, safe='')}" if revision else ""
-        return Files(f"hf://datasets/{self._set.repository}{at}/{pattern}")
+        return Files(self.place)
 
     def fingerprint(self) -> str:
-        return self.files().fingerprint()
+        return fingerprint_of(self.place)
 
     def provenance(self) -> dict[str, Any]:
         files = self.files()

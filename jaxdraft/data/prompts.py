@@ -1,6 +1,7 @@
 """Prompts, one JSON object per line: `{"id", "prompt" | "messages" | "tokens", "reference"?, ...}`."""
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -134,6 +135,10 @@ def read_prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prom
     given = [form for form in _FORMS if isinstance(row, dict) and form in row]
     if len(given) != 1:
         raise ConfigError(f"{where}: needs exactly one of {', '.join(_FORMS)}, has {' and '.join(given) or 'none'}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise ConfigError(f"{where}: not Unicode text") from None
     form, messages = given[0], None
     if form == "prompt":
         text = _expect(row, "prompt", str, where)

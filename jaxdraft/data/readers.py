@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 
 from jaxdraft.data.quarantine import Misfit, Rejected
 from jaxdraft.errors import ConfigError
-from jaxdraft.huggingface import dataset_file, list_dataset
+from jaxdraft.huggingface import dataset_file, is_commit, list_dataset
 from jaxdraft.remote import local_copy
 
 KNOWN = ".txt .jsonl .json (each also .gz) .parquet .array_record (also .array_record-00000-of-00008)"
@@ -60,6 +60,7 @@ class Files:
     """
 
     def __init__(self, place: str):
+        self._place = place
         self.commit: str | None = None
         self._fetch: Callable[[str], Path] = Path
         if hub := _HUB.fullmatch(place):
@@ -87,10 +88,22 @@ class Files:
             yield from read_rows(file, columns, separator)
 
     def fingerprint(self) -> str:
-        """sha256 over the names and contents of the files, or over their names and the commit, which fixes those."""
-        if self.commit is None:
-            return files_fingerprint(self)
-        return hashlib.sha256("\n".join([self.commit, *self.names]).encode()).hexdigest()
+        """sha256 over the names and contents of the files, or over the place at its commit, which fixes those."""
+        return files_fingerprint(self) if self.commit is None else _at_commit(self._place, self.commit)
+
+
+def fingerprint_of(place: str) -> str:
+    """sha256 of what a place holds; of one on the hub at a commit, which fixes that, without asking for it."""
+    hub = _HUB.fullmatch(place)
+    if hub and hub[2] and is_commit(hub[2]):
+        return _at_commit(place, hub[2])
+    return Files(place).fingerprint()
+
+
+def _at_commit(place: str, commit: str) -> str:
+    hub = _HUB.fullmatch(place)
+    assert hub is not None
+    return hashlib.sha256(f"{hub[1]}@{commit}/{hub[3] or ''}".encode()).hexdigest()
 
 
 def is_one_place(place: str) -> bool:

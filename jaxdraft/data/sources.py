@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxdraft.data.quarantine import Misfit, Rejected, first
-from jaxdraft.data.readers import Files, Row, files_fingerprint, text_of
+from jaxdraft.data.readers import Files, Row, files_fingerprint, fingerprint_of, text_of
 from jaxdraft.errors import ConfigError
 from jaxdraft.remote import local_copy
 
@@ -84,7 +84,7 @@ class Text:
         return documents_of(rows, lambda value: text_of(value, self.field), self.limit)
 
     def fingerprint(self) -> str:
-        return self.files().fingerprint()
+        return fingerprint_of(self.path)
 
     def provenance(self) -> dict[str, Any]:
         files = self.files()

@@ -22,7 +22,7 @@ from jaxdraft.sharding import CACHE, constrain
 
 
 class State(Protocol):
-    """What the drivers read of where a batch stands: of ``Written`` or ``speculative.WrittenInBlocks``."""
+    """What the drivers read of where a batch stands: of ``Written`` or ``blocks.WrittenInBlocks``."""
 
     @property
     def tokens_BS(self) -> jax.Array:
@@ -46,7 +46,7 @@ class State(Protocol):
 
 
 class Writer(Protocol):
-    """What writes: a model ``Alone``, or ``speculative.WithDraft``. Both methods only dispatch."""
+    """What writes: a model ``Alone``, or ``blocks.WithDraft``. Both methods only dispatch."""
 
     @property
     def mesh(self) -> Mesh:

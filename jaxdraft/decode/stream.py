@@ -127,7 +127,7 @@ def stream(
     """Writes the requested texts and gives each when it is done.
 
     In float32, what is written for a request depends on the model, the request and the seed, and on nothing else. In
-    bfloat16 ``batch_size`` and ``longest`` change the rounding: keep them fixed.
+    bfloat16 ``batch_size``, ``longest`` and whether there is a draft change the rounding: keep them fixed.
 
     Args:
       decoder: with ``scan=False``.

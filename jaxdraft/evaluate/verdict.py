@@ -88,6 +88,8 @@ def _mean_efficiency(run: RunDirectory, draft: str, other: str | None) -> float:
 
 def _without_results(run: RunDirectory) -> str:
     done = sum(stage.status == "done" for stage in run.stages)
+    if done == len(run.stages) and not any(stage.kind == "Evaluate" for stage in run.stages):
+        return f"All {done} stages are done. None of them measures a draft."
     return (
         f"Nothing has been measured yet: {done} of {len(run.stages)} stage(s) done, and none of them "
         "is an evaluation with results. The same command goes on from here."

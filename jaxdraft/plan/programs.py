@@ -70,12 +70,12 @@ def programs(context: PlannedContext, stage: Stage, plan: StagePlan, devices: Se
     elif isinstance(stage, Generate):
         mesh = context.decode_mesh_on(context.mesh_on(devices))
         prompt = max(prompts_of(source, context.recipe).tokens for source in stage.prompts)
-        for writer in stage.writers:
+        for writer in stage.writers if stage.server is None else ():
             config = context.target_shape if writer == TARGET else _draft(context, writer)
             batch = Decoding(stage.batch_size, prompt, stage.max_new_tokens, mesh.shape["data"], mesh.shape["tensor"])
             yield _prefill(stage.name, f"{writer} reads prompts", config, batch, mesh)
             yield _writes(stage.name, f"{writer} writes", config, batch, mesh, any(stage.temperatures))
-        if stage.keep_logits:
+        if stage.keep_logits and not stage.keeps_as_written:
             yield _scores(context, stage.name, stage.keep_logits, stage.length, context.mesh_on(devices))
     elif isinstance(stage, Evaluate):
         mesh = context.decode_mesh_on(context.mesh_on(devices))

@@ -213,10 +213,14 @@ class _Planner:
         stored = stage.keep_logits
         plan.storage = {"rows": plan.tokens * row_bytes(self.vocabulary, None), "responses": plan.tokens * _JSON}
         if stored:
-            plan.storage["stored logits"] = plan.tokens * (
-                row_bytes(self.vocabulary, stored) - row_bytes(self.vocabulary, None)
-            )
-        for writer, share in stage.writers.items():
+            width = row_bytes(self.vocabulary, stored) - row_bytes(self.vocabulary, None)
+            plan.storage["stored logits"] = plan.tokens * width
+            if stage.keeps_as_written:
+                answers = sum(n for n, _ in amount) * stage.max_new_tokens
+                plan.storage["stored logits, beside the answers"] = answers * width
+        if stage.server is not None:
+            plan.notes.append("a server writes: its hours are not here")
+        for writer, share in stage.writers.items() if stage.server is None else ():
             config = self.target if writer == TARGET else self._draft(writer)
             for answers, tokens in amount:
                 batches = math.ceil(answers * share / stage.batch_size)
@@ -224,7 +228,7 @@ class _Planner:
                 plan.phases.append(batch.prefill(config, batches, writer))
                 plan.notes += self._too_large(batch, config)
                 plan.phases.append(Phase(f"{writer} writes", batches * stage.max_new_tokens, *batch.step(config)))
-        if stored:
+        if stored and not stage.keeps_as_written:
             plan.phases.append(self._forward("scores", plan.tokens, stage.length))
 
     def _score(self, stage: Score, plan: StagePlan) -> None:

@@ -41,6 +41,8 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
         ([{"prompt": "a"}, {"text": "a"}], "line 2: needs exactly one of prompt, messages, tokens, has none"),
         ([{"prompt": "a", "tokens": [3]}], "line 1: .* has prompt and tokens"),
         (["[]"], "line 1: needs exactly one"),
+        ([{"prompt": "a \ud83d b"}], "line 1: not Unicode text"),
+        ([{"prompt": "a", "id": "\ude00"}], "line 1: not Unicode text"),
         ([{"prompt": 3}], "line 1: 'prompt' is int, not text"),
         ([{"prompt": "a", "reference": 3}], "line 1: 'reference' is int, not text"),
         ([{"tokens": []}], "line 1: the prompt is empty"),

@@ -270,3 +270,11 @@ def test_what_the_model_said_of_its_tokens_is_kept(with_draft, tiny, plain_forwa
             np.testing.assert_allclose(
                 found, [*said[ids], said[token], np.log(np.exp(said[rest]).sum())], atol=tolerance
             )
+
+
+def test_rows_are_put_in_where_the_cache_lies():
+    state, new = ({"cache": jax.ShapeDtypeStruct((rows, 2, 10_000, 8), jnp.float32)} for rows in (8, 1))
+    memory = insert.lower(state, new, jnp.zeros((1, 1), jnp.int32)).compile().memory_analysis()
+    held = 4 * 8 * 2 * 10_000 * 8
+    assert memory.alias_size_in_bytes >= held
+    assert memory.temp_size_in_bytes < held / 4

@@ -17,8 +17,9 @@ from jaxdraft.plan.hardware import Hardware, Topology, parse_hardware, parse_top
 from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.stages import plan_stages
 from jaxdraft.plan.work import Decoding
-from jaxdraft.recipe import Subset
+from jaxdraft.recipe import Generate, Subset
 from jaxdraft.recipe_file import load_recipe
+from jaxdraft.server import Server
 
 RECIPES = Path(__file__).parent / "recipes"
 TINY = str(RECIPES.parents[1] / "tiny_recipe.py")
@@ -77,7 +78,23 @@ def test_stored_logits_are_counted_to_the_byte():
     assert plans["responses"].storage["stored logits"] == plans["responses"].tokens * 196
     live, _ = planned(FULL["fastdraft_llama31"], Hardware("H100", 8))
     assert plans["distill"].flops < live["distill"].flops / 5
-    assert "scores" in [phase.name for phase in plans["responses"].phases]
+    # Kept while the target writes: no pass of its own, but a second place where it lies.
+    assert 0 < plans["responses"].storage["stored logits, beside the answers"] < plans["responses"].tokens * 196
+    assert "scores" not in [phase.name for phase in plans["responses"].phases]
+    labelled, _ = planned(FULL["fastdraft_llama31"], Hardware("H100", 8), *assignments, "responses.labels=all")
+    assert labelled["responses"].phases[-1].name == "scores"
+
+
+def test_what_a_server_writes_takes_no_hours_here():
+    whole = PlannedContext.of(load_recipe(FULL["fastdraft_phi3"])).recipe
+    server = Server("http://localhost:8000/v1")
+    served = [dataclasses.replace(s, server=server) if isinstance(s, Generate) else s for s in whole.stages]
+    context = PlannedContext.of(dataclasses.replace(whole, stages=tuple(served)))
+    plans = [plan for plan in plan_stages(context, Hardware("A100", 8)) if plan.kind == "Generate"]
+    assert plans
+    for plan in plans:
+        assert plan.phases == []
+        assert "a server writes: its hours are not here" in plan.notes
 
 
 def test_a_token_reads_weights_and_cache_once():

@@ -15,6 +15,7 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, for_decoding
 from jaxdraft.models.hf import load_model
 from jaxdraft.server import Question, Server, ask
+from jaxdraft.settings import to_json
 from jaxdraft.tokenizers import load_tokenizer
 from tests.server.proxy import Broken, Proxy
 
@@ -283,3 +284,22 @@ def test_a_list_of_models_that_names_not_one(body, words, llama_cpp, tokenizer, 
     with Proxy(llama_cpp.url, lambda request, number: Broken(200, body=body)) as proxy:
         with pytest.raises(ConfigError, match=words):
             list(ask(Server(proxy.url), asked(prompts[:1]), tokenizer, EOS_IDS))
+
+
+@pytest.mark.parametrize("wrong", [[512], [5, -1], ["5"], [5.0]])
+def test_ids_that_the_tokenizer_does_not_have_are_no_answer(wrong, tokenizer, prompts):
+    """Written down, they would stop the stage when its rows are packed, hours later."""
+    choice = {"text": "x", "finish_reason": "length", "token_ids": wrong}
+    reply = lambda request, _: Broken(
+        200, body={"choices": [choice], "usage": {"prompt_tokens": len(request.body["prompt"])}}
+    )
+    with Proxy("http://127.0.0.1:9/v1", reply) as proxy:
+        (found,) = ask(Server(proxy.url, model="served"), asked(prompts[:1]), tokenizer, EOS_IDS)
+    assert found.error == "the server writes token ids that the target's tokenizer does not have"
+
+
+def test_how_a_server_is_asked_changes_no_stage():
+    """A run that stopped for a server that is too busy goes on with fewer requests at once."""
+    url = "http://localhost:8000/v1"
+    patient = Server(url, concurrency=2, retries=9, timeout=60.0, key_variable=KEY)
+    assert to_json(patient) == to_json(Server(url)) != to_json(Server(url, model="other"))
