@@ -155,9 +155,8 @@ class _Units:
         def parts() -> Iterator[Part]:
             for chunk, part in in_order(self._pool, self._encode, text, 2 * self._workers):
                 read.append(chunk._replace(items=[]))
-                quarantine.counts.update(chunk.counts)
-                quarantine.counts.update(row.reason for row in part.rejected)
-                quarantine.rows += [*chunk.rejected, *part.rejected]
+                quarantine.take(chunk.counts, chunk.rejected)
+                quarantine.take(collections.Counter(row.reason for row in part.rejected), part.rejected)
                 self._advance(part.tokens)
                 yield part
 
@@ -202,6 +201,8 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
     folder = context.folder(stage.name)
     together(lambda: context.home.fetch(stage.name))
     folder.mkdir(parents=True, exist_ok=True)
+    if is_lead():
+        (folder / MANIFEST).unlink(missing_ok=True)
     form, item = _form(stage, context)
     rows = tokens = 0
     began = turn = time.perf_counter()
@@ -220,7 +221,7 @@ def run_prepare(stage: Prepare, context: Context) -> Outputs:
                 if stage.tokens:
                     bar.update(rows * stage.length - bar.n)
                 turn, seconds = time.perf_counter(), time.perf_counter() - turn
-                if is_lead():
+                if made and is_lead():
                     with (folder / TIMING).open("a") as file:
                         file.write(json.dumps({"units": units.count, "tokens": made, **_rate(made, seconds)}) + "\n")
                     context.home.keep(folder / TIMING)
@@ -250,8 +251,7 @@ def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
     for number in range(units.count):
         record = json.loads(units.record(number).read_text("utf-8"))
         counts.update(record["counts"])
-        quarantine.counts.update(record["quarantined"])
-        quarantine.rows += [Rejected(*row) for row in record["rejected"]]
+        quarantine.take(record["quarantined"], [Rejected(*row) for row in record["rejected"]])
         shards += [record["shard"]] if record["shard"] else []
     if quarantine.rows and not counts["tokens"]:
         where, reason = quarantine.rows[0]

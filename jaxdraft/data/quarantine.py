@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -89,6 +89,11 @@ class Quarantine:
         self.counts[row.reason] += 1
         if len(self.rows) < _KEPT:
             self.rows.append(row)
+
+    def take(self, counts: Mapping[str, int], rows: Sequence[Rejected]) -> None:
+        """What was rejected elsewhere: how many rows by reason, and the first of them."""
+        self.counts.update(counts)
+        self.rows += rows[: _KEPT - len(self.rows)]
 
     def write(self, folder: Path) -> list[Path]:
         """Writes ``quarantine.jsonl``, a line for each of ``rows`` with where it is and why, where any was rejected.
