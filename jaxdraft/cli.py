@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(RESUME, str(error))
     except KeyboardInterrupt:
         return _fail(RESUME, "stopped")
+    except BrokenPipeError:  # who reads the output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, FloatingPointError) as error:
         return _fail(ERROR, str(error))
     return DONE

@@ -56,16 +56,17 @@ def ask(stage: Generate, context: Context, quarantine: Quarantine) -> list[Quest
     """All questions of a stage, in the order of its prompts; what gives none goes to the quarantine.
 
     Raises:
-      ConfigError: two have the same id, or there are none.
+      ConfigError: two have the same id, there are none, or nothing of a source fits.
     """
     positions = {name: _positions(name, context) for name in stage.writers}
-    eos_ids = context.draft_config().eos_ids
+    eos_ids = context.target_config().eos_ids
     questions: list[Question] = []
-    for asked in quarantine.accepted(
-        prompt if isinstance(prompt, Rejected) else _asked(stage, context, prompt, positions, eos_ids)
-        for prompt in _prompts(stage, context)
-    ):
-        questions += [replace(question, number=len(questions) + i) for i, question in enumerate(asked)]
+    for source in stage.prompts:
+        for asked in quarantine.accepted(
+            prompt if isinstance(prompt, Rejected) else _asked(stage, context, prompt, positions, eos_ids)
+            for prompt in _prompts(source, context)
+        ):
+            questions += [replace(question, number=len(questions) + i) for i, question in enumerate(asked)]
     if repeated := [id for id, count in collections.Counter(q.id for q in questions).items() if count > 1]:
         raise ConfigError(
             f"{stage.name}: two answers would have the id {repeated[0]!r}: give prompts ids of their own "
@@ -154,14 +155,11 @@ def rendered(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> dict[str, A
     return {"messages": messages, "text": text, "tokens": tuple(tokenizer.encode(text, bos=False))}
 
 
-def _prompts(stage: Generate, context: Context) -> Iterator[Prompt | Rejected]:
-    for source in stage.prompts:
-        found: Iterable[Prompt | Rejected]
-        if isinstance(source, Written):
-            found = written(source, read_answers(context, source.stage), context.tokenizer)
-        else:
-            found = source.prompts(context.tokenizer)
-        yield from found
+def _prompts(source: Any, context: Context) -> Iterable[Prompt | Rejected]:
+    if isinstance(source, Written):
+        return written(source, read_answers(context, source.stage), context.tokenizer)
+    found: Iterable[Prompt | Rejected] = source.prompts(context.tokenizer)
+    return found
 
 
 def read_answers(context: Context, stage: str) -> Iterator[dict[str, Any]]:

@@ -5,10 +5,16 @@ found by comparing ids, so that they hold for SentencePiece and byte-level BPE a
 border between a turn's opening and its words counts as the words'.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxdraft.data.prompts import Message
+from jaxdraft.data.quarantine import Rejected, first
+from jaxdraft.data.readers import Row, files_fingerprint, read_jsonl
+from jaxdraft.errors import ConfigError
+from jaxdraft.remote import local_copy
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer, common_prefix
 
 _WORDS = "It's  one\n(of TWO) <b>&amp;</b> möglich…x"  # what no template's own text holds and any change would show in
@@ -25,6 +31,41 @@ class Conversation(NamedTuple):
 
     id: str
     messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class ConversationFile:
+    """Conversations from a JSONL file, plain or `.gz`: a line ``{"messages": [{"role", "content"}, ...]}`` each.
+
+    Attributes:
+      path: of the file, here or in a bucket.
+      limit: at most this many, the first that fit.
+    """
+
+    path: str
+    limit: int | None = None
+
+    def conversations(self) -> Iterator[Conversation | Rejected]:
+        return first(map(_conversation, read_jsonl(self._file())), self.limit)
+
+    def fingerprint(self) -> str:
+        return files_fingerprint([self._file()])
+
+    def _file(self) -> Path:
+        path = Path(local_copy(self.path))
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file of conversations")
+        return path
+
+
+def _conversation(row: Row | Rejected) -> Conversation | Rejected:
+    if isinstance(row, Rejected):
+        return row
+    messages = row.value.get("messages") if isinstance(row.value, dict) else None
+    is_message = lambda m: isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
+    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+        return Rejected(row.where, 'no "messages", each with "role" and "content" as text')
+    return Conversation(str(row.value.get("id", row.number)), tuple(messages))
 
 
 class UserTurn(NamedTuple):
@@ -113,6 +154,8 @@ def _assistant_turns(
     for i, before, after in zip(turns, opened, closed, strict=True):
         if not after.startswith(before):
             raise ChatTemplateError("the chat template opens a reply otherwise than it writes one that was given")
+        if not messages[i]["content"].strip():
+            raise ChatTemplateError("the assistant's turn is empty")
         if messages[i]["content"].strip() not in after[len(before) :]:
             raise ChatTemplateError("the chat template changes the assistant's words")
         turn = ids[after]

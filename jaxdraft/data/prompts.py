@@ -69,19 +69,18 @@ class PromptSource(Protocol):
         ...
 
 
-def read_prompts(source: PromptSource, tokenizer: Tokenizer, quarantine: Quarantine | None = None) -> list[Prompt]:
-    """All prompts of a source; what it rejects goes to the quarantine, or into the log.
+def read_prompts(source: PromptSource, tokenizer: Tokenizer) -> list[Prompt]:
+    """All prompts of a source; what it rejects goes into the log.
 
     Raises:
       ConfigError: it has none that fits.
     """
-    found = quarantine or Quarantine()
-    prompts = list(found.accepted(source.prompts(tokenizer)))
+    quarantine = Quarantine()
+    prompts = list(quarantine.accepted(source.prompts(tokenizer)))
     if not prompts:
         raise ConfigError(f"{source}: no prompts")
-    if quarantine is None:
-        for reason, count in found.counts.items():
-            _log.warning("%s: left out %d prompts: %s", source, count, reason)
+    for reason, count in quarantine.counts.items():
+        _log.warning("%s: left out %d prompts: %s", source, count, reason)
     return prompts
 
 

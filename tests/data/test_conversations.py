@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxdraft.data.conversations import labelled, prompt_mask, user_turn
+from jaxdraft.data.conversations import Conversation, ConversationFile, labelled, prompt_mask, user_turn
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer, load_tokenizer
 
@@ -270,3 +270,16 @@ def test_a_user_turn_needs_the_words_as_they_are(shared_data, tmp_path):
         user_turn(refusing, system="Be brief.")
     with pytest.raises(ConfigError, match="no chat template"):
         user_turn(load_tokenizer(source))
+
+
+def test_conversations_from_a_file(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    lines = [{"id": "a", "messages": turns}, {"messages": turns}, {"messages": [{"role": "user"}]}, {"prompt": "hi"}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{\n")
+    found = list(ConversationFile(str(path)).conversations())
+    assert found[:2] == [Conversation("a", tuple(turns)), Conversation("2", tuple(turns))]
+    assert [row.where.endswith(f"line {n}") for n, row in enumerate(found[2:], start=3)] == [True] * 3
+    assert len(list(ConversationFile(str(path), limit=1).conversations())) == 1
+    with pytest.raises(ConfigError, match="no such file of conversations"):
+        ConversationFile("nowhere.jsonl").fingerprint()
