@@ -96,7 +96,7 @@ def asked(tokenizer, *prompts, positions=100, **changes):
     )
     context = SimpleNamespace(
         recipe=recipe,
-        draft_config=lambda: SimpleNamespace(eos_ids=(tokenizer.eos_id,)),
+        target_config=lambda: SimpleNamespace(eos_ids=(tokenizer.eos_id,)),
         tokenizer=tokenizer,
         target_shape=shape,
         trained_config=lambda stage: SimpleNamespace(max_positions=50),
