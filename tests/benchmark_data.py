@@ -35,7 +35,7 @@ from tests.conftest import ROOT
 
 LENGTH = 2048
 BATCH = 1000  # documents in a call of the library
-ROUNDS = 5
+ROUNDS = 7
 
 
 def corpus(shared: Path, characters: int) -> list[str]:
