@@ -48,6 +48,7 @@ Place = tuple[int, int]  # a question's shard among those at hand, and its line 
 
 def run_generate(stage: Generate, context: Context) -> Outputs:
     folder, quarantine = context.folder(stage.name), Quarantine()
+    folder.mkdir(parents=True, exist_ok=True)  # also on a host that shares no disk with the lead's
     questions = together(lambda: ask(stage, context, quarantine))
     stored = None if stage.keep_logits is None else target_logits(stage.name, stage.keep_logits, context)
     as_written = Format(stage.length, context.tokenizer.vocab_size, stored) if stage.keeps_as_written else None

@@ -10,6 +10,7 @@ which other work on the machine changes less.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -22,14 +23,15 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from configs import quickstart
 from jaxdraft.context import Context
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.records import PackedRows, write_rows
 from jaxdraft.data.sources import Text
 from jaxdraft.home import Home
+from jaxdraft.losses import CrossEntropy
 from jaxdraft.prepare import run_prepare
 from jaxdraft.recipe import HFModel, Prepare, Recipe, Train
+from jaxdraft.recipe_file import load_recipe
 from tests.benchmark_step import batch_of, ours
 from tests.conftest import ROOT
 
@@ -71,9 +73,9 @@ def prepared(folder: Path, tokenizer: Path, file: Path):
     recipe = Recipe(
         title="",
         target="target",
-        draft=quickstart.DRAFT,
+        draft=load_recipe("quickstart").draft,
         tokenizer=HFModel(str(tokenizer)),
-        stages=(stage, Train("target", data="text", loss=quickstart.CrossEntropy(), batch_size=1, steps=1)),
+        stages=(stage, Train("target", data="text", loss=CrossEntropy(), batch_size=1, steps=1)),
     )
     context = Context(recipe, Home(folder / "run"))
     assert context.tokenizer.vocab_size
@@ -115,9 +117,10 @@ def prepare(shared: Path, only: str | None, characters: int):
 
 def read():
     """Batches of the quickstart's draft out of a file, and its step."""
-    config = quickstart.DRAFT.__class__(**{**vars(quickstart.DRAFT), "vocab_size": 1024})
-    stage = quickstart.recipe().stage("pretrain")
-    rows, length, steps = stage.batch_size, quickstart.LENGTH, 200
+    quickstart = load_recipe("quickstart")
+    config = dataclasses.replace(quickstart.draft, vocab_size=1024)
+    stage = quickstart.stage("pretrain")
+    rows, length, steps = stage.batch_size, quickstart.stage(stage.data).length, 200
     batch = batch_of(config, rows, length)
     step = ours(config, batch)
     with tempfile.TemporaryDirectory() as folder:
