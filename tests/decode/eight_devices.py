@@ -67,7 +67,7 @@ def streamed(target, draft, batch_size):
         for key in range(40)
     ]
     found = stream(*target, requests, batch_size=batch_size, longest=NEW, draft=draft, block_size=3)
-    return {request.key: tokens for request, tokens in found}
+    return {finished.request.key: finished.tokens for finished in found}
 
 
 def main():
