@@ -7,7 +7,9 @@ Pretrains a draft on the text, lets the target go on from passages the draft has
 from the same start while block efficiency on held-out passages is logged, measures them, exports the last.
 
 The draft's default shape (41,632 parameters with a vocabulary of 512) fits Karpathy's stories260K, for which this takes
-about seven minutes on two cores. For a larger target make it larger, up to about a tenth of the target:
+two and a half minutes on two cores. Block efficiency there at γ 5 (seed 0, TinyStories' first megabyte), greedy and at
+T 0.6: pretrained 1.82 and 1.64; with cross-entropy 3.05 and 2.26, KL 2.91 and 2.25, TVD 2.79 and 2.28, TVD++ 2.89 and
+2.35. For a larger target make it larger, up to about a tenth of the target:
 ``--set draft.hidden_size=512 --set draft.intermediate_size=1408 --set draft.num_layers=4 --set draft.num_heads=8
 --set draft.num_kv_heads=8``.
 """
