@@ -5,7 +5,6 @@ them write the same ones together. What an answer is depends on neither.
 """
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from jaxdraft.data.quarantine import Quarantine
 from jaxdraft.data.records import Format, write_json
 from jaxdraft.data.token_scores import TokenScores
 from jaxdraft.data_stages import Outputs, write_packed
-from jaxdraft.decode import Keep, Request, Usage, stream
+from jaxdraft.decode import Request, Usage, stream
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
@@ -199,7 +198,7 @@ def _lines(
         sampled=writing.is_sampled,
         draft=None if draft is None else (draft.decoder, draft.params),
         block_size=stage.block_size,
-        keep=Keep(**dataclasses.asdict(stage.keep_logits)) if stage.keep_logits and writing.format else None,
+        keep=stage.keep_logits if stage.keeps_as_written else None,
         usage=usage,
     ):
         place, tokens = places[finished.request.key], finished.tokens

@@ -39,6 +39,7 @@ from jaxdraft.data.records import (
     write_rows,
     write_shard,
 )
+from jaxdraft.data_stages import Outputs
 from jaxdraft.distributed import from_all, is_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.recipe import Prepare, Subset
@@ -46,7 +47,6 @@ from jaxdraft.settings import to_json
 from jaxdraft.tokenizers import single_threaded
 from jaxdraft.tracking import progress_bar, say
 
-Outputs = tuple[list[Path], dict[str, Any]]  # files whose bytes are the stage's result; facts for the report
 TIMING = "timing.jsonl"
 
 

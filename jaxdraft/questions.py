@@ -82,14 +82,16 @@ def _asked(
 ) -> list[Question] | Rejected:
     """A prompt's questions, numbered from 0; none of them where one cannot be asked."""
     seed, given, found = context.recipe.seed, prompt.temperature, list[Question]()
+    checked: Prompt | None = None
     for temperature in stage.temperatures if given is None else (given,):
         name, asked = f"{prompt.id}@{temperature:g}", prompt
         try:
             if any(stage.system_prompts):
                 system = choice(f"{seed}/system/{name}", dict.fromkeys(stage.system_prompts, 1.0))
                 asked = with_system(context.tokenizer, prompt, system)
-            if stage.labels == "assistant" and asked.messages is not None:  # not only when all is answered
-                prompt_mask(context.tokenizer, asked.messages, eos_ids=eos_ids)
+            if stage.labels == "assistant" and asked.messages is not None and asked is not checked:
+                prompt_mask(context.tokenizer, asked.messages, eos_ids=eos_ids)  # not only when all is answered
+                checked = asked
         except ChatTemplateError as error:
             return Rejected(f"prompt {prompt.id}", str(error))
         writer = choice(f"{seed}/writer/{name}", stage.writers)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
+from jaxdraft.decode import TopK
 from jaxdraft.errors import ConfigError
 
 
@@ -22,29 +23,6 @@ class Stage:
     def needs(self) -> tuple[str, ...]:
         """Names of the stages whose output this one reads, beside target and tokenizer."""
         return ()
-
-
-@dataclasses.dataclass(frozen=True)
-class TopK:
-    """How much of the target's distribution is stored beside every position of packed rows.
-
-    The log-probabilities of the k most likely tokens, of the next token and of all the rest together; FastDraft (arXiv
-    2411.11055) stores the most significant logits alone. For k = 32 that is 132 bytes a token, 196 where the vocabulary
-    has more than 65,536.
-
-    Attributes:
-      k: tokens kept.
-      temperature: of the softmax; losses that read it must have the same.
-    """
-
-    k: int
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        if self.k < 1:
-            raise ConfigError(f"TopK: k is {self.k}: it must be at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"TopK: temperature is {self.temperature}: it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

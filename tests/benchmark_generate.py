@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdraft.decode import Keep, Request, Usage, generate_batches, stream
+from jaxdraft.decode import Request, TopK, Usage, generate_batches, stream
 from jaxdraft.models import Decoder, ModelConfig, for_decoding, init_params
 
 SHORTEST, LONGEST, BLOCK_SIZE = 8, 256, 3
@@ -108,7 +108,7 @@ def compare(batch_size, count, rounds):
     forms = {
         "in batches": functools.partial(in_batches, target, batch_size),
         "stream": functools.partial(streamed, target, None, None, batch_size),
-        "top 32 kept": functools.partial(streamed, target, None, Keep(32), batch_size),
+        "top 32 kept": functools.partial(streamed, target, None, TopK(32), batch_size),
         "with a draft": functools.partial(streamed, target, draft, None, batch_size),
     }
     for run in forms.values():

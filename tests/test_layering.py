@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "evaluate": BASE | {"data", "decode", "models"},
     "settings": set(),
     "overrides": {"losses"},
-    "recipe_data": set(),
+    "recipe_data": {"decode"},
     "recipe_stages": BELOW_STAGES | {"recipe_data", "server"},
     "recipe": BELOW_STAGES | {"recipe_data", "recipe_stages"},
     "recipe_file": {"overrides", "recipe"},
@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "context": BELOW_STAGES | {"export", "home", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
-    "prepare": BELOW_STAGES | {"context", "recipe", "settings"},
+    "prepare": BELOW_STAGES | {"context", "data_stages", "recipe", "settings"},
     "questions": BELOW_STAGES | {"context", "recipe"},
     "answers": BELOW_STAGES | {"questions"},
     "generation": BELOW_STAGES

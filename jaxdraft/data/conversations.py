@@ -7,14 +7,11 @@ border between a turn's opening and its words counts as the words'.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxdraft.data.prompts import Message
+from jaxdraft.data.prompts import Message, is_message
 from jaxdraft.data.quarantine import Rejected, first
-from jaxdraft.data.readers import Row, files_fingerprint, read_jsonl
-from jaxdraft.errors import ConfigError
-from jaxdraft.remote import local_copy
+from jaxdraft.data.readers import Row, files_fingerprint, local_file, read_jsonl
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer, common_prefix
 
 _WORDS = "It's  one\n(of TWO) <b>&amp;</b> möglich…x"  # what no template's own text holds and any change would show in
@@ -46,23 +43,16 @@ class ConversationFile:
     limit: int | None = None
 
     def conversations(self) -> Iterator[Conversation | Rejected]:
-        return first(map(_conversation, read_jsonl(self._file())), self.limit)
+        return first(map(_conversation, read_jsonl(local_file(self.path, "conversations"))), self.limit)
 
     def fingerprint(self) -> str:
-        return files_fingerprint([self._file()])
-
-    def _file(self) -> Path:
-        path = Path(local_copy(self.path))
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file of conversations")
-        return path
+        return files_fingerprint([local_file(self.path, "conversations")])
 
 
 def _conversation(row: Row | Rejected) -> Conversation | Rejected:
     if isinstance(row, Rejected):
         return row
     messages = row.value.get("messages") if isinstance(row.value, dict) else None
-    is_message = lambda m: isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
     if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
         return Rejected(row.where, 'no "messages", each with "role" and "content" as text')
     return Conversation(str(row.value.get("id", row.number)), tuple(messages))

@@ -6,13 +6,11 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from jaxdraft.data.quarantine import Quarantine, Rejected
-from jaxdraft.data.readers import files_fingerprint, read_jsonl
+from jaxdraft.data.readers import files_fingerprint, local_file, read_jsonl
 from jaxdraft.errors import ConfigError
-from jaxdraft.remote import local_copy
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -100,11 +98,11 @@ class PromptFile:
     max_tokens: int | None = None
 
     def fingerprint(self) -> str:
-        return files_fingerprint([self._file()])
+        return files_fingerprint([local_file(self.path, "prompts")])
 
     def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
         ids: set[str] = set()
-        for row in read_jsonl(self._file()):
+        for row in read_jsonl(local_file(self.path, "prompts")):
             if self.limit is not None and len(ids) == self.limit:
                 break
             if isinstance(row, Rejected):
@@ -117,12 +115,6 @@ class PromptFile:
             else:
                 ids.add(prompt.id)
                 yield prompt
-
-    def _file(self) -> Path:
-        path = Path(local_copy(self.path))
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file of prompts")
-        return path
 
 
 def read_prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prompt:
@@ -162,9 +154,14 @@ def read_prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prom
     return Prompt(str(row.get("id", number)), tuple(tokens), text, reference, messages, **settings, extra=extra)
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value of JSON is a ``Message``."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
 def _messages(messages: list[Any], where: str) -> list[dict[str, str]]:
     for message in messages:
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
+        if not is_message(message):
             raise ConfigError(f'{where}: each of "messages" needs "role" and "content" as text')
     return messages
 

@@ -134,6 +134,18 @@ def _selects(pattern: str, name: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
+def local_file(place: str, what: str) -> Path:
+    """The one file that a place names, here or copied from a bucket.
+
+    Raises:
+      ConfigError: it is none; ``what`` it should hold is told.
+    """
+    path = Path(local_copy(place))
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file of {what}")
+    return path
+
+
 def files_fingerprint(files: Iterable[Path]) -> str:
     """sha256 over the names and contents of files, in order."""
     total = hashlib.sha256()

@@ -13,7 +13,7 @@ from jaxdraft.decode.offline import (
 )
 from jaxdraft.decode.rules import verify
 from jaxdraft.decode.sampling import Sampling, draw, probabilities
-from jaxdraft.decode.score import Keep, TopScores, top_scores
+from jaxdraft.decode.score import TopK, TopScores, top_scores
 from jaxdraft.decode.speculative import (
     SpeculativeBatch,
     SpeculativeResult,
@@ -27,12 +27,12 @@ __all__ = [
     "Acceptance",
     "Finished",
     "GeneratedBatch",
-    "Keep",
     "Request",
     "Sampling",
     "Seconds",
     "SpeculativeBatch",
     "SpeculativeResult",
+    "TopK",
     "TopScores",
     "Usage",
     "acceptance",

@@ -36,7 +36,7 @@ from jaxdraft.decode.sampling import (
     row_keys,
     uniforms,
 )
-from jaxdraft.decode.score import Keep, TopScores, keep_scores, room_for_scores
+from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
 from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
@@ -94,7 +94,7 @@ class WithDraft:
     block_size: int
     eos_E: np.ndarray
     drafter_invariant: bool = False
-    keep: Keep | None = None
+    keep: TopK | None = None
 
     def __post_init__(self):
         target, draft = self.target_decoder.config, self.draft_decoder.config

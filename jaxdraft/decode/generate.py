@@ -28,7 +28,7 @@ from jaxdraft.decode.driver import (
     write_batches,
 )
 from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, is_any, position_keys, probabilities, row_keys
-from jaxdraft.decode.score import Keep, TopScores, keep_scores, room_for_scores
+from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
 from jaxdraft.models.cache import KVCache, init_cache
 from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
 from jaxdraft.sharding import mesh_of
@@ -81,7 +81,7 @@ class Alone:
     decoder: Decoder
     params: Params
     eos_E: np.ndarray
-    keep: Keep | None = None
+    keep: TopK | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -172,7 +172,7 @@ def start(
     length_B: jax.Array,
     end_B: jax.Array,
     size: int,
-    keep: Keep | None = None,
+    keep: TopK | None = None,
 ) -> Written:
     """A ``Written`` of rows whose prompts are read, with room for ``size`` tokens of prompt and answer."""
     state = Written(

@@ -8,7 +8,9 @@ Shapes: B rows, T tokens, S slots, N = B · T positions of one device, C positio
 K most likely tokens.
 """
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,15 +18,32 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdraft.backend import default_chunk
+from jaxdraft.errors import ConfigError
 from jaxdraft.models.decoder import Decoder, Params, following, head_weight, logits
 from jaxdraft.sharding import BATCH_AXES, position_axis
 
 
-class Keep(NamedTuple):
-    """How much of a distribution is kept: its ``k`` most likely tokens, of the softmax at one temperature."""
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """How much of the target's distribution is stored beside every position of packed rows.
+
+    The log-probabilities of the k most likely tokens, of the next token and of all the rest together; FastDraft (arXiv
+    2411.11055) stores the most significant logits alone. For k = 32 that is 132 bytes a token, 196 where the vocabulary
+    has more than 65,536.
+
+    Attributes:
+      k: tokens kept.
+      temperature: of the softmax; losses that read it must have the same.
+    """
 
     k: int
     temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ConfigError(f"TopK: k is {self.k}: it must be at least 1")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"TopK: temperature is {self.temperature}: it must be positive")
 
 
 class TopScores(NamedTuple):
@@ -89,7 +108,7 @@ def score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temp
     return TopScores(*sharded(hidden_BTD, head_weight(decoder.config, params), labels_BT))
 
 
-def room_for_scores(keep: Keep | None, rows: int, size: int) -> TopScores | None:
+def room_for_scores(keep: TopK | None, rows: int, size: int) -> TopScores | None:
     """For each of ``size`` slots of a text to be written, zeros."""
     if keep is None:
         return None
@@ -97,7 +116,7 @@ def room_for_scores(keep: Keep | None, rows: int, size: int) -> TopScores | None
 
 
 def keep_scores(
-    scores: TopScores | None, keep: Keep | None, logits_BTV: jax.Array, next_BT: jax.Array, slots_BT: jax.Array
+    scores: TopScores | None, keep: TopK | None, logits_BTV: jax.Array, next_BT: jax.Array, slots_BT: jax.Array
 ) -> TopScores | None:
     """Puts what is said of the token after each slot into that slot; a slot outside keeps nothing."""
     if keep is None:

@@ -26,7 +26,7 @@ from jaxdraft.decode.blocks import WithDraft
 from jaxdraft.decode.driver import Writer, check_finite, end_tokens, on_rows
 from jaxdraft.decode.generate import Alone
 from jaxdraft.decode.sampling import Draws, Sampling
-from jaxdraft.decode.score import Keep, TopScores
+from jaxdraft.decode.score import TopK, TopScores
 from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.decoder import Decoder, Params
@@ -121,7 +121,7 @@ def stream(
     sampled: bool = True,
     draft: tuple[Decoder, Params] | None = None,
     block_size: int = 4,
-    keep: Keep | None = None,
+    keep: TopK | None = None,
     usage: Usage | None = None,
 ) -> Iterator[Finished]:
     """Writes the requested texts and gives each when it is done.

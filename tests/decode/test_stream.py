@@ -11,7 +11,7 @@ import pytest
 from jaxdraft.decode import Request, Usage, generate, stream
 from jaxdraft.decode.blocks import start_in_blocks, write_in_blocks
 from jaxdraft.decode.generate import Alone, start, write
-from jaxdraft.decode.score import Keep
+from jaxdraft.decode.score import TopK
 from jaxdraft.decode.stream import empty, insert
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder
@@ -252,7 +252,7 @@ def test_rows_are_put_into_their_group():
 
 @pytest.mark.parametrize("with_draft", [False, True])
 def test_what_the_model_said_of_its_tokens_is_kept(with_draft, tiny, plain_forward, requests, expected):
-    keep, tolerance = Keep(4, 0.8), 2e-5  # float32 logits of size 10, which another order of sums moves by some 1e-6
+    keep, tolerance = TopK(4, 0.8), 2e-5  # float32 logits of size 10, which another order of sums moves by some 1e-6
     draft = (tiny.draft, tiny.draft_params) if with_draft else None
     given = {"batch_size": 8, "longest": LONGEST, "eos_ids": END, "draft": draft, "keep": keep}
     for request, tokens, scores in stream(tiny.target, tiny.target_params, requests, **given):
