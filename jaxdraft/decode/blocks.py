@@ -39,7 +39,7 @@ from jaxdraft.decode.sampling import (
 from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
+from jaxdraft.models.decoder import Decoder, Head, Params, token_ids, widen
 from jaxdraft.sharding import mesh_of
 
 logger = logging.getLogger(__name__)
@@ -208,8 +208,8 @@ def write_in_blocks(
     Greedy without ``sampling`` and ``draws``. Sampled, drafts stand by the rule of ``verify``; or, drafter-invariant,
     while they equal what the target draws with the noise of ``generate.write``, which the draft draws with too.
     """
-    target_head_DV = head_weight(target_decoder.config, target_params)
-    draft_head_DR = head_weight(draft_decoder.config, draft_params)
+    target_head = Head.of(target_decoder, target_params)
+    draft_head = Head.of(draft_decoder, draft_params)
     keys: Any = None
     if draws is not None:
         purposes = SAMPLE, PROPOSE, ACCEPT, REPLACE
@@ -224,7 +224,7 @@ def write_in_blocks(
             cache, finite_B = carry
             slots_BT = jnp.where(live_B[:, None], positions_BT, nowhere)
             hidden_BTD, cache = draft_decoder.apply({"params": draft_params}, tokens_BT, slots_BT, cache=cache)
-            logits_BR = logits(hidden_BTD[:, -1:], draft_head_DR)[:, 0]
+            logits_BR = draft_head(hidden_BTD[:, -1:])[:, 0]
             finite_B &= ~live_B | all_finite(logits_BR)
             if sampling is None:
                 best_B = jnp.argmax(logits_BR, axis=-1).astype(jnp.int32)
@@ -262,7 +262,7 @@ def write_in_blocks(
         hidden_BKD, target_cache = target_decoder.apply(
             {"params": target_params}, jnp.concatenate([last_B1, drafts_BG], 1), slots_BK, cache=state.target_cache
         )
-        logits_BKV = logits(hidden_BKD, target_head_DV)
+        logits_BKV = target_head(hidden_BKD)
         if sampling is None:
             accepted_B, next_B = verify_equal(drafts_BG, jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32))
         elif noise_BKV is not None:

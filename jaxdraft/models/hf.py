@@ -128,6 +128,7 @@ def load_model(
                 read = functools.partial(_read_narrow_head, stored[row.name], config, np.dtype(dtype))
             params[name] = place(shapes[name], shardings[name], read)
     if not scan:
+        params = turned(params)
         to = None if mesh is None else model_shardings(config, mesh, scan=False)
         turn = jax.jit(turned, out_shardings=to and to["layers_0"], donate_argnums=0)
         for i in range(config.num_layers):
@@ -138,7 +139,7 @@ def load_model(
                     for name, read in parts(row, layer_shapes)
                 }
             )
-        return config, turned(params)
+        return config, params
     stacks = {name: jnp.zeros(shapes["layers"][name], dtype, device=to) for name, to in shardings["layers"].items()}
     put = {name: jax.jit(_put_layer, donate_argnums=0, out_shardings=to) for name, to in shardings["layers"].items()}
     for i in range(config.num_layers):
