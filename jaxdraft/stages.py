@@ -11,7 +11,6 @@ import numpy as np
 from jaxdraft.checkpoint import Checkpoints
 from jaxdraft.context import Context
 from jaxdraft.data.pipeline import Batches
-from jaxdraft.data.prompts import read_prompts
 from jaxdraft.data.records import PackedRows
 from jaxdraft.data_stages import (
     Outputs,
@@ -155,7 +154,8 @@ def _start(
 def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
     folder = context.folder(stage.name)
     target = Model.load(context.target_folder, context.decode_mesh)
-    tasks = together(lambda: [(task, read_prompts(task.prompts, context.tokenizer)) for task in stage.tasks])
+    positions = target.decoder.config.max_positions
+    tasks = together(lambda: [(task, task.read(context.tokenizer, positions)) for task in stage.tasks])
     settings = Settings(stage.block_sizes, context.recipe.seed, stage.batch_size, stage.repeats)
     answers = Evaluator.amount(sum(len(p) for _, p in tasks), len(stage.drafts), len(stage.block_sizes))
     series: list[dict[str, Any]] = []

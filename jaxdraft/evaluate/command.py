@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxdraft.data.prompts import PromptFile, example_id, read_prompts
+from jaxdraft.data.prompts import PromptFile, example_id
 from jaxdraft.decode import generate_batches, speculative_batches, token_origins
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
@@ -42,13 +42,10 @@ def evaluate_pair(
     Raises:
       ConfigError: a folder, the prompts or a setting is wrong, or the two models' tokenizers differ.
     """
-    room = load_config(target).max_positions - max_new_tokens
-    if room < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}: {target} has only {room + max_new_tokens} positions")
-    measured = Task(task, PromptFile(str(prompts), limit, max_tokens=room), temperature, top_p, max_new_tokens)
+    measured = Task(task, PromptFile(str(prompts)), temperature, top_p, max_new_tokens, limit=limit)
     tokenizer = _shared_tokenizer(target, draft)
     out.mkdir(parents=True, exist_ok=True)
-    found = read_prompts(measured.prompts, tokenizer)
+    found = measured.read(tokenizer, load_config(target).max_positions)
     settings = Settings(block_sizes, seed, batch_size)
     with progress_bar(Evaluator.amount(len(found), 1, len(block_sizes)), task, "answer") as bar:
         evaluator = Evaluator(Model.load(target), [(measured, found)], settings, bar.update)

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.decode import Acceptance, SpeculativeResult
-from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate import metrics
-from jaxdraft.evaluate.tasks import Task
 
 RESULTS = [
     SpeculativeResult(tokens=[1] * 7, accepted=[3, 2], cut=False),
@@ -71,9 +69,3 @@ def test_offline_figures_pool_over_prompts():
     # γ = 2, greedy: blocks end after tokens 3 and 4 of the first answer, after tokens 1 and 2 of the second.
     assert metrics.offline_metrics([a.accept_N for a in seen], 2)["block_efficiency_offline"] == pytest.approx(6 / 4)
     assert metrics.overlap_metrics(seen)["overlap"] == pytest.approx(3.6 / 6)
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}])
-def test_a_task_checks_its_settings(wrong):
-    with pytest.raises(ConfigError, match="task x"):
-        Task("x", None, **wrong)
