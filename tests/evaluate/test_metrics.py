@@ -7,8 +7,8 @@ from jaxdraft.decode import Acceptance, SpeculativeResult
 from jaxdraft.evaluate import metrics
 
 RESULTS = [
-    SpeculativeResult(tokens=[1] * 7, accepted=[3, 2], cut=False),
-    SpeculativeResult(tokens=[1] * 6, accepted=[0, 3, 2], cut=True),
+    SpeculativeResult(tokens=[1] * 7, accepted=[3, 2], cut=False, drafted=[3, 3], rejected=[-1, 1]),
+    SpeculativeResult(tokens=[1] * 6, accepted=[0, 3, 2], cut=True, drafted=[3, 3, 3], rejected=[1, -1, 1]),
 ]
 
 
@@ -55,7 +55,7 @@ def test_one_prompt_has_an_interval_without_width():
 
 
 def test_what_cannot_be_said_is_null():
-    cut = [SpeculativeResult(tokens=[1], accepted=[2], cut=True)]
+    cut = [SpeculativeResult(tokens=[1], accepted=[2], cut=True, drafted=[3], rejected=[1])]
     found = metrics.acceptance_metrics(cut, block_size=3, ratio=0.1)
     assert found["acceptance_rate"] is None
     assert found["acceptance_by_position"] == [None] * 3
