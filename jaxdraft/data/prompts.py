@@ -72,6 +72,7 @@ def read_prompts(
     tokenizer: Tokenizer,
     unfit: Callable[[Prompt], str | None] = lambda _: None,
     limit: int | None = None,
+    name: str | None = None,
 ) -> list[Prompt]:
     """The prompts of a source; how many are left out, and why, goes into the log.
 
@@ -80,6 +81,7 @@ def read_prompts(
       tokenizer: the target's.
       unfit: why a prompt cannot be asked, None where it can.
       limit: at most this many, the first that can.
+      name: of the source, for the log.
 
     Raises:
       ConfigError: it has none that fits.
@@ -93,7 +95,7 @@ def read_prompts(
     if not prompts:
         raise ConfigError(f"{source}: no prompts")
     for reason, count in quarantine.counts.items():
-        _log.warning("%s: left out %d prompts: %s", source, count, reason)
+        _log.warning("%s: left out %d prompts: %s", name or source, count, reason)
     return prompts
 
 

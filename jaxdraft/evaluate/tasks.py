@@ -85,7 +85,10 @@ class Task:
                 return f"with an answer of {self.max_new_tokens} tokens past the target's {max_positions} positions"
             return None
 
-        return read_prompts(self.prompts, tokenizer, unfit, self.limit)
+        try:
+            return read_prompts(self.prompts, tokenizer, unfit, self.limit, self.name)
+        except ConfigError as error:
+            raise ConfigError(f"task {self.name}: {error}") from error
 
 
 def dolly(path: str | None = None, **settings: Any) -> Task:

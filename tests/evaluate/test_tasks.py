@@ -98,11 +98,11 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(made_run, caplog):
     with caplog.at_level(logging.WARNING):
         assert [prompt.text for prompt in task.read(made_run.tokenizer, 20 + tokens[3])] == ["a", "c", "d" * 30]
         assert [prompt.text for prompt in task.read(made_run.tokenizer, 19 + tokens[3])] == ["a", "c", "e"]
-    assert "left out 1 prompts: more than 40 tokens" in caplog.text
+    assert "t: left out 1 prompts: more than 40 tokens" in caplog.text
     assert (
         f"left out 1 prompts: with an answer of 20 tokens past the target's {19 + tokens[3]} positions" in caplog.text
     )
-    with pytest.raises(ConfigError, match="not one of 6 rows fits"):
+    with pytest.raises(ConfigError, match=r"task t: prompt 1: with an .* not one of 6 rows fits"):
         task.read(made_run.tokenizer, 21)
     with pytest.raises(ConfigError, match="task t: max_new_tokens is 20: the target has only 20 positions"):
         task.read(made_run.tokenizer, 20)
