@@ -90,7 +90,7 @@ def perplexity(
     batch_size: int = 8,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> dict[str, Any]:
-    """A model's perplexity per token (with an interval over documents), per word, and its bits per byte.
+    """A model's perplexity per token, per word, and its bits per byte, with intervals over documents.
 
     Args:
       decoder: of either kind.
@@ -102,7 +102,7 @@ def perplexity(
       advance: called with a number of windows whenever they are done.
 
     Returns:
-      ``perplexity``, ``perplexity_ci95``, ``word_perplexity`` and ``bits_per_byte``; null for what is infinite: a model
+      ``perplexity``, ``word_perplexity``, ``bits_per_byte``, and of each ``…_ci95``; null for what is infinite: a model
       with a draft vocabulary cannot say every token.
 
     Raises:
@@ -114,14 +114,13 @@ def perplexity(
     cut = [(i, *window) for i, each in enumerate(documents) for window in windows(len(each.tokens), length, stride)]
     contexts = [documents[i].tokens[begin:first] for i, begin, first, _ in cut]
     texts = [documents[i].tokens[first:end] for i, _, first, end in cut]
-    found = token_log_probs(decoder, params, contexts, texts, batch_size=batch_size, advance=advance)
+    log_probs = token_log_probs(decoder, params, contexts, texts, batch_size=batch_size, advance=advance)
     nats = np.zeros(len(documents))
-    np.add.at(nats, [i for i, *_ in cut], [-log_p_N.sum() for log_p_N in found])
-    per_token = metrics.ratio_of_sums(nats.tolist(), [len(each.tokens) - 1 for each in documents])
-    per_word = metrics.ratio_of_sums(nats.tolist(), [each.words for each in documents])
+    np.add.at(nats, [i for i, *_ in cut], [-log_p_N.sum() for log_p_N in log_probs])
+    tokens, words, sizes = zip(*((len(each.tokens) - 1, each.words, each.size) for each in documents), strict=True)
     with np.errstate(over="ignore", invalid="ignore"):
         return {
-            **metrics.with_interval("perplexity", lambda chosen: np.exp(per_token(chosen)), len(documents)),
-            "word_perplexity": metrics.plain(np.exp(per_word(np.arange(len(documents))))),
-            "bits_per_byte": metrics.plain(nats.sum() / np.log(2) / sum(each.size for each in documents)),
+            **metrics.with_interval("perplexity", np.exp(metrics.ratio_of_sums(nats, tokens))),
+            **metrics.with_interval("word_perplexity", np.exp(metrics.ratio_of_sums(nats, words))),
+            **metrics.with_interval("bits_per_byte", metrics.ratio_of_sums(nats, sizes) / np.log(2)),
         }
