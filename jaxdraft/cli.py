@@ -25,6 +25,7 @@ RUN_EXAMPLE = """examples:
 The same command again does only what is missing, and goes on where it was interrupted."""
 EVALUATE_EXAMPLE = """examples:
   jaxdraft evaluate --target TARGET_FOLDER --draft DRAFT_FOLDER --prompts prompts.jsonl --block-sizes 3,5 --out results
+  jaxdraft evaluate --target TARGET_FOLDER --draft DRAFT_FOLDER --task dolly --task xsum=DATA.parquet --out results
   jaxdraft evaluate --target TARGET_FOLDER --draft DRAFT_FOLDER --prompts chat.jsonl --prompts code.jsonl \\
       --temperature 0,0.6 --batch-size 1,8 --block-sizes 1,3,5 --out results
   jaxdraft evaluate --target TARGET_FOLDER --draft runs/mine/distill --checkpoints all --prompts prompts.jsonl \\
@@ -129,9 +130,17 @@ def _parser() -> argparse.ArgumentParser:
         help="of drafts given as RUN/STAGE: measure these steps' checkpoints, or all that were kept",
     )
     evaluate.add_argument(
-        "--prompts", action="append", required=True, help="JSONL file of prompts; may be given repeatedly"
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        help="dolly, xsum, cnn-dailymail, tinystories, humaneval, wmt18-de-en or my_module:my_task, with its data from "
+        "PATH or the hub and its own decoding where you give none; may be given repeatedly. With one file of "
+        "--prompts, its name in the results",
     )
-    evaluate.add_argument("--task", help="name of the task in the results (default: name of the prompts file)")
+    evaluate.add_argument(
+        "--prompts", action="append", default=[], help="JSONL file of prompts; may be given repeatedly"
+    )
     evaluate.add_argument("--block-sizes", type=integers, default=(3, 5), metavar="3,5", help="γ (default: 3,5)")
     evaluate.add_argument("--verification", choices=("token", "block"), default="token", help="rule (default: token)")
     evaluate.add_argument(
@@ -143,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=numbers, default=(0.0,), metavar="0,0.6", help="0 is greedy (default)")
     evaluate.add_argument("--top-k", type=whole, default=0, help="most likely tokens kept (default: 0, all)")
     _add_decoding(evaluate)
-    evaluate.add_argument("--limit", type=positive, help="take only the first so many prompts of each file")
+    evaluate.set_defaults(temperature=(), top_p=None, top_k=None, max_new_tokens=None)  # those of the task
+    evaluate.add_argument("--limit", type=positive, help="take only the first so many prompts of each task")
     evaluate.add_argument(
         "--batch-size", type=integers, default=(1,), metavar="1,8", help="prompts decoded at once (default: 1)"
     )
@@ -246,21 +256,15 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
-    from jaxdraft.data.prompts import PromptFile
     from jaxdraft.decode import Speculation
     from jaxdraft.evaluate.command import evaluate
     from jaxdraft.evaluate.sweep import Settings
-    from jaxdraft.evaluate.tasks import Task
+    from jaxdraft.evaluate.tasks import asked_for
     from jaxdraft.models.hub import model_folder
     from jaxdraft.past_drafts import drafts_at
 
-    if options.task is not None and len(options.prompts) > 1:
-        raise ConfigError("--task names one file of prompts: leave it out, and each is named after its file")
-    decoding = {name: getattr(options, name) for name in ("top_p", "top_k", "max_new_tokens")}
-    tasks = [
-        Task(options.task or Path(prompts).stem, PromptFile(prompts, options.limit), **decoding)
-        for prompts in options.prompts
-    ]
+    decoding = {name: getattr(options, name) for name in ("top_p", "top_k", "max_new_tokens", "limit")}
+    tasks = asked_for(options.task, options.prompts, {key: x for key, x in decoding.items() if x is not None})
     how = options.verification, options.drafting, options.stop_below
     settings = Settings(
         tuple(Speculation(size, *how) for size in options.block_sizes),

@@ -42,7 +42,7 @@ def evaluate(
       drafts: what is measured, each with a name of its own.
       tasks: prompts with their decoding settings; a prompt that leaves the target no room for an answer is left out,
         and how many are is said.
-      temperatures: in place of the tasks' own.
+      temperatures: in place of the tasks' own; none keeps those.
       settings: how everything is decoded.
       out: where results are kept.
 
@@ -54,7 +54,7 @@ def evaluate(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two drafts are called {twice[0]}: give each a folder of another name")
     if len({task.name for task in tasks}) < len(tasks):
-        raise ConfigError("two tasks have the same name: give prompts in files of different names")
+        raise ConfigError("two tasks have the same name: give prompts in files of different names, and no task twice")
     for draft in drafts:
         tokenizer = _shared_tokenizer(target, draft.folder)
     positions = load_config(target).max_positions

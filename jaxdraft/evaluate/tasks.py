@@ -13,13 +13,14 @@ FastDraft names no top-p. Its decoding is ``top_p=1.0`` and each of ``temperatur
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from jaxdraft.data.named import Corpus, Instructions
 from jaxdraft.data.passages import Continuations, Passages
-from jaxdraft.data.prompts import Prompt, read_prompts
+from jaxdraft.data.prompts import Prompt, PromptFile, read_prompts
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.user_code import user_module
@@ -155,7 +156,7 @@ def humaneval(path: str | None = None, **settings: Any) -> Task:
       path: as of ``dolly``.
       settings: as of ``dolly``.
     """
-    return replace(Task("humaneval", Instructions("humaneval", path, form="plain")), **settings)
+    return replace(Task("humaneval", Instructions("humaneval", path, form="plain"), limit=164), **settings)
 
 
 def wmt18_de_en(path: str | None = None, **settings: Any) -> Task:
@@ -211,3 +212,27 @@ def named(name: str, path: str | None = None) -> Task:
     if not isinstance(task, Task):
         raise ConfigError(f"task {name!r} gives {type(task).__name__}, not a Task")
     return task
+
+
+def asked_for(names: Sequence[str], files: Sequence[str], settings: Mapping[str, Any]) -> list[Task]:
+    """The tasks of ``jaxdraft evaluate``.
+
+    Args:
+      names: of ``named``, each with ``=PATH`` or without. With a single file, what that is called.
+      files: JSONL files of prompts; each is a task of the file's name.
+      settings: fields of ``Task`` in place of the tasks' own.
+
+    Raises:
+      ConfigError: nothing is asked for, or no such task.
+    """
+    if len(files) == len(names) == 1:
+        asked = [Task(names[0], PromptFile(files[0]))]
+    elif files and names:
+        raise ConfigError("--task names one file of --prompts: leave either out, or write your own task")
+    else:
+        parts = [name.partition("=") for name in names]
+        asked = [named(name, path or None) for name, _, path in parts]
+        asked += [Task(Path(file).stem, PromptFile(file)) for file in files]
+    if not asked:
+        raise ConfigError(f"nothing to measure on: give --prompts FILE, or --task with one of {', '.join(TASKS)}")
+    return [replace(task, **settings) for task in asked]

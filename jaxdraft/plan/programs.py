@@ -82,7 +82,8 @@ def programs(context: PlannedContext, stage: Stage, plan: StagePlan, devices: Se
         mesh = context.decode_mesh_on(context.mesh_on(devices))
         drafts = {name: _draft(context, name) for name in stage.drafts}
         name, draft = max(drafts.items(), key=lambda item: item[1].num_parameters)
-        prompt = max(prompts_of(task.prompts, context.recipe).tokens for task in stage.tasks)
+        asked = [prompts_of(t.prompts, context.recipe, t.limit, t.max_prompt_tokens) for t in stage.tasks]
+        prompt = max(prompts.tokens for prompts in asked)
         new = max(task.max_new_tokens for task in stage.tasks)
         sampled = any(stage.temperatures or [task.temperature for task in stage.tasks])
         batch = Decoding(max(stage.batch_sizes), prompt, new, mesh.shape["data"], mesh.shape["tensor"])

@@ -245,7 +245,7 @@ class _Planner:
     def _evaluate(self, stage: Evaluate, plan: StagePlan) -> None:
         plan.parameters, plan.tokens = self.target.num_parameters, 0.0
         for task, rows in itertools.product(stage.tasks, stage.batch_sizes):
-            count, tokens, notes = prompts_of(task.prompts, self.recipe)
+            count, tokens, notes = prompts_of(task.prompts, self.recipe, task.limit, task.max_prompt_tokens)
             if rows == stage.batch_sizes[0]:
                 plan.notes += [f"{task.name}: {note}" for note in notes]
             if count is None:

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxdraft.data.prompts import PromptList
+from jaxdraft.data.prompts import PromptFile, PromptList
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate import tasks
 from jaxdraft.evaluate.tasks import Task
@@ -73,7 +73,7 @@ def test_their_decoding():
     made = {name: make() for name, make in tasks.TASKS.items()}
     sampled = {name: (task.temperature, task.top_p) for name, task in made.items() if task.temperature}
     assert sampled == {"dolly": (0.6, 0.9)}
-    assert {name: task.limit for name, task in made.items()} == dict.fromkeys(made, 100) | {"humaneval": None}
+    assert {name: task.limit for name, task in made.items()} == dict.fromkeys(made, 100) | {"humaneval": 164}
     assert all(task.name == name and task.max_new_tokens == 128 for name, task in made.items())
     other = tasks.dolly("rows.jsonl", name="dolly, greedy", temperature=0.0, top_p=1.0, limit=5)
     assert (other.name, other.temperature, other.limit, other.prompts.path) == ("dolly, greedy", 0, 5, "rows.jsonl")
@@ -109,7 +109,7 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(made_run, caplog):
 
 
 OWN = """
-from jaxdraft.data.prompts import PromptList
+from jaxdraft.data.prompts import PromptFile, PromptList
 from jaxdraft.evaluate.tasks import Task
 
 def capitals(path: str = "countries.txt") -> Task:
@@ -152,6 +152,25 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, made_run):
     ):
         with pytest.raises(ConfigError, match=message):
             tasks.named(name, path)
+
+
+def test_what_the_command_line_asks_for():
+    assert tasks.asked_for([], ["chat.jsonl", "code.jsonl"], {"limit": 3}) == [
+        Task("chat", PromptFile("chat.jsonl"), limit=3),
+        Task("code", PromptFile("code.jsonl"), limit=3),
+    ]
+    assert tasks.asked_for(["dolly"], ["rows.jsonl"], {}) == [Task("dolly", PromptFile("rows.jsonl"))]
+    assert tasks.asked_for(["dolly=rows=1.jsonl", "xsum"], [], {"top_p": 0.5}) == [
+        tasks.dolly("rows=1.jsonl", top_p=0.5),
+        tasks.xsum(top_p=0.5),
+    ]
+    for names, files, message in (
+        ([], [], "nothing to measure on: give --prompts FILE, or --task with one of dolly, xsum, cnn-dailymail"),
+        (["dolly", "xsum"], ["a.jsonl"], "--task names one file"),
+        (["xsun"], [], "did you mean 'xsum'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tasks.asked_for(names, files, {})
 
 
 @pytest.mark.parametrize(
