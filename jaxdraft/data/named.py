@@ -12,7 +12,7 @@ import itertools
 import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from jaxdraft.data.catalogue import CORPORA, PROMPTS, RENDERED, DataSet, Example, PromptSet, prompt_as_text
@@ -25,7 +25,7 @@ from jaxdraft.data.sources import documents_of
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 
-Form = Literal["chat", "plain"]
+Form = Literal["chat", "plain", "auto"]
 
 _BATCH = 256  # prompts tokenised at once
 _TITLE = re.compile(r" = (?!= ).+ =\s*")  # " = = Section = = " is none
@@ -127,7 +127,8 @@ class Instructions(_Named):
       name, path, revision, split, limit: as those of `Corpus`.
       max_tokens: a longer prompt is rejected.
       form: "chat" is the tokenizer's chat template, and "plain" a template in text for models without one: Stanford
-        Alpaca's for instructions, those of T0 for summaries, HumanEval's own prompt.
+        Alpaca's for instructions, those of T0 for summaries, HumanEval's own prompt. "auto" is "chat" where the
+        tokenizer has a chat template, and "plain" where it has none.
     """
 
     max_tokens: int | None = None
@@ -141,7 +142,9 @@ class Instructions(_Named):
             raise ConfigError(f"form={self.form!r}: must be one of {', '.join(get_args(Form))}")
 
     def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
-        return first(self._prompts(tokenizer), self.limit)
+        form: Form = "plain" if tokenizer.template_fingerprint() is None else "chat"
+        chosen = replace(self, form=form) if self.form == "auto" else self
+        return first(chosen._prompts(tokenizer), self.limit)
 
     def conversations(self) -> Iterator[Conversation | Rejected]:
         """Each conversation with the data set's own answers; of a tree, the one along its best replies."""

@@ -15,13 +15,13 @@ from jaxdraft.data.sources import Source
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizers import Tokenizer
 
-Split = Literal["train", "seed", "eval"]
-_OF_SIXTEEN: dict[str, range] = {"eval": range(1), "seed": range(1, 5), "train": range(5, 16)}
+Split = Literal["train", "seed", "eval", "all"]
+_OF_SIXTEEN: dict[str, range] = {"eval": range(1), "seed": range(1, 5), "train": range(5, 16), "all": range(16)}
 
 
 @dataclass(frozen=True)
 class Passages:
-    """The passages of one split: "train" (11/16), "seed" (4/16, for `Generate`) or "eval" (1/16, for `Evaluate`).
+    """The passages of a split: "train" (11/16), "seed" (4/16, for `Generate`), "eval" (1/16, for `Evaluate`) or "all".
 
     Attributes:
       text: where the text is from.

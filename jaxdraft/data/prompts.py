@@ -4,12 +4,12 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxdraft.data.quarantine import Quarantine, Rejected
-from jaxdraft.data.readers import files_fingerprint, local_file, read_jsonl
+from jaxdraft.data.quarantine import Quarantine, Rejected, first
+from jaxdraft.data.readers import Row, files_fingerprint, local_file, read_jsonl
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 
@@ -67,18 +67,35 @@ class PromptSource(Protocol):
         ...
 
 
-def read_prompts(source: PromptSource, tokenizer: Tokenizer) -> list[Prompt]:
-    """All prompts of a source; what it rejects goes into the log.
+def read_prompts(
+    source: PromptSource,
+    tokenizer: Tokenizer,
+    unfit: Callable[[Prompt], str | None] = lambda _: None,
+    limit: int | None = None,
+    name: str | None = None,
+) -> list[Prompt]:
+    """The prompts of a source; how many are left out, and why, goes into the log.
+
+    Args:
+      source: whose prompts.
+      tokenizer: the target's.
+      unfit: why a prompt cannot be asked, None where it can.
+      limit: at most this many, the first that can.
+      name: of the source, for the log.
 
     Raises:
       ConfigError: it has none that fits.
     """
+    each = (
+        Rejected(f"prompt {item.id}", reason) if isinstance(item, Prompt) and (reason := unfit(item)) else item
+        for item in source.prompts(tokenizer)
+    )
     quarantine = Quarantine()
-    prompts = list(quarantine.accepted(source.prompts(tokenizer)))
+    prompts = list(quarantine.accepted(first(each, limit)))
     if not prompts:
         raise ConfigError(f"{source}: no prompts")
     for reason, count in quarantine.counts.items():
-        _log.warning("%s: left out %d prompts: %s", source, count, reason)
+        _log.warning("%s: left out %d prompts: %s", name or source, count, reason)
     return prompts
 
 
@@ -101,20 +118,44 @@ class PromptFile:
         return files_fingerprint([local_file(self.path, "prompts")])
 
     def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
-        ids: set[str] = set()
-        for row in read_jsonl(local_file(self.path, "prompts")):
-            if self.limit is not None and len(ids) == self.limit:
-                break
-            if isinstance(row, Rejected):
-                raise ConfigError(f"{row.where}: {row.reason}")
-            prompt = read_prompt(row.value, row.number, tokenizer, row.where)
-            if prompt.id in ids:
-                raise ConfigError(f"{row.where}: id {prompt.id!r} was used before; ids must be unique")
-            if self.max_tokens is not None and len(prompt.tokens) > self.max_tokens:
-                yield Rejected(row.where, f"more than {self.max_tokens} tokens")
-            else:
-                ids.add(prompt.id)
-                yield prompt
+        return first(self._prompts(tokenizer), self.limit)
+
+    def _prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
+        rows = read_jsonl(local_file(self.path, "prompts"))
+        for where, prompt in _prompts_of(rows, tokenizer):
+            is_long = self.max_tokens is not None and len(prompt.tokens) > self.max_tokens
+            yield Rejected(where, f"more than {self.max_tokens} tokens") if is_long else prompt
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts given in Python, each as a line of a `PromptFile` holds it. One without an id is given its number.
+
+    Raises (when read):
+      ConfigError: names the prompt.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(list(self.rows)).encode()).hexdigest()
+
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
+        rows = (Row(f"prompt {number}", number, row) for number, row in enumerate(self.rows, start=1))
+        return (prompt for _, prompt in _prompts_of(rows, tokenizer))
+
+
+def _prompts_of(rows: Iterable[Row | Rejected], tokenizer: Tokenizer) -> Iterator[tuple[str, Prompt]]:
+    """Where each prompt stands, and the prompt."""
+    ids: set[str] = set()
+    for row in rows:
+        if isinstance(row, Rejected):
+            raise ConfigError(f"{row.where}: {row.reason}")
+        prompt = read_prompt(row.value, row.number, tokenizer, row.where)
+        if prompt.id in ids:
+            raise ConfigError(f"{row.where}: id {prompt.id!r} was used before; ids must be unique")
+        ids.add(prompt.id)
+        yield row.where, prompt
 
 
 def read_prompt(row: Any, number: int, tokenizer: Tokenizer, where: str) -> Prompt:

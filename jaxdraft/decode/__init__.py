@@ -9,6 +9,7 @@ from jaxdraft.decode.offline import (
     acceptance_ratios,
     block_efficiency,
     expected_blocks,
+    token_log_probs,
     token_probabilities,
 )
 from jaxdraft.decode.rules import Speculation, verify
@@ -48,6 +49,7 @@ __all__ = [
     "speculative_generate",
     "step_latency",
     "stream",
+    "token_log_probs",
     "token_origins",
     "token_probabilities",
     "top_scores",

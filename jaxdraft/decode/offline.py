@@ -8,8 +8,8 @@ Shapes: B batch, T tokens, N new tokens, C positions of a chunk, D hidden, V voc
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,13 +128,44 @@ def token_probabilities(
     return [p_N for (p_N,) in found]
 
 
+def token_log_probs(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 8,
+    advance: Callable[[int], Any] = lambda _: None,
+) -> list[np.ndarray]:
+    """ln p(x_j) of every token of the answers, at temperature 1: what perplexity is made of.
+
+    Args:
+      decoder: of either kind.
+      params: its parameters.
+      prompts: token ids, at least one each.
+      answers: any text that goes on from each prompt.
+      batch_size: rows of every batch.
+      advance: called with a number of prompts whenever they are done.
+
+    Returns:
+      float64 arrays in the caller's order; −inf for a token that the model's head does not propose.
+
+    Raises:
+      ConfigError: a prompt is empty, or there are not as many answers as prompts.
+      FloatingPointError: the model gave logits that are not finite.
+    """
+    models = [(decoder, params)]
+    found = _teacher_forced(_log_prob, models, prompts, answers, 1.0, 1.0, 0, 0, batch_size, advance)
+    return [log_p_N for log_p_N, _ in found]
+
+
 def acceptance(p_N: np.ndarray, q_N: np.ndarray) -> np.ndarray:
     """a_j = min(1, p(x_j) / q(x_j)); 1 where rounding left nothing of q."""
     return np.divide(p_N, q_N, out=np.ones_like(q_N), where=p_N < q_N)
 
 
 def _teacher_forced(
-    look, models, prompts, answers, temperature, top_p, top_k, max_new_tokens, batch_size
+    look, models, prompts, answers, temperature, top_p, top_k, max_new_tokens, batch_size, advance=lambda _: None
 ) -> list[tuple[np.ndarray, ...]]:
     """What ``look`` sees at every token of each answer; the last of what it returns is finite if all logits are."""
     if len(answers) != len(prompts) or not all(map(len, prompts)):
@@ -168,6 +199,7 @@ def _teacher_forced(
             found.append(tuple(x[row, : len(answers[i])] for x in seen))
             if not np.all(np.isfinite(found[i][-1])):
                 raise FloatingPointError(f"logits that are not finite for prompt {i}: are the weights damaged?")
+        advance(len(indices))
     return found
 
 
@@ -204,6 +236,13 @@ def _chosen(sampling, labels_BC, model):
         return ((_likeliest(config, logits_BCV) == labels_BC) + _nan_where_broken(logits_BCV),)
     probs_BCV = widen(config, probabilities(logits_BCV, sampling))
     return (_at(probs_BCV, labels_BC) + _nan_where_broken(logits_BCV),)
+
+
+def _log_prob(sampling, labels_BC, model):
+    """``ln p(x_j)`` of one model."""
+    config, logits_BCV = model
+    log_p_BCV = widen(config, jax.nn.log_softmax(logits_BCV), absent=-jnp.inf)
+    return _at(log_p_BCV, labels_BC), _nan_where_broken(logits_BCV)
 
 
 def _compare(sampling, labels_BC, target, draft):

@@ -176,7 +176,7 @@ def _duration(seconds: float | None) -> str:
 
 def csv_tables(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
     """results, acceptance_by_position, checkpoints, while_learning, stages and comparison, for ``write_csvs``."""
-    results = [{key: row[key] for key in row if key != "acceptance_by_position"} for row in run.results]
+    results = [{key: row[key] for key in row if not key.startswith("acceptance_by_position")} for row in run.results]
     positions = [
         {**{key: row.get(key) for key in _KEY}, "position": i, "accepted": share}
         for row in run.results

@@ -8,7 +8,6 @@ Shapes: B batch, T positions of a row, C positions of a chunk, V columns of the 
 """
 
 import difflib
-import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.user_code import user_module
 
 Rows = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
 
@@ -154,14 +154,7 @@ def resolve(name: str, kind: type = Loss) -> type:
     what = kind.__name__.lower()
     module_name, _, attribute = name.rpartition(":")
     module_name = module_name or "jaxdraft.losses"
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{what} {name!r}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?"
-        ) from error
-    except Exception as error:
-        raise ConfigError(f"{what} {name!r}: {module_name!r} fails with {type(error).__name__}: {error}") from error
+    module = user_module(what, name, module_name)
     found = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)}
     found.pop(kind.__name__, None)
     if attribute not in found:

@@ -267,13 +267,16 @@ def token_ids(config: ModelConfig, rows: jax.Array) -> jax.Array:
     return rows if config.head_ids is None else jnp.asarray(config.head_ids, rows.dtype)[rows]
 
 
-def widen(config: ModelConfig, probs_BTR: jax.Array) -> jax.Array:
-    """Probabilities over the whole vocabulary, ``[…, V]``: 0 for every token that the head does not propose."""
+def widen(config: ModelConfig, probs_BTR: jax.Array, absent: float = 0.0) -> jax.Array:
+    """Probabilities over the whole vocabulary, ``[…, V]``: ``absent`` for every token that the head does not propose.
+
+    Of log-probabilities ``absent`` is −inf.
+    """
     if config.head_ids is None:
         return probs_BTR
     row_V = np.full(config.vocabulary, len(config.head_ids))
     row_V[np.asarray(config.head_ids)] = np.arange(len(config.head_ids))
-    return jnp.take(probs_BTR, row_V, axis=-1, mode="fill", fill_value=0)
+    return jnp.take(probs_BTR, row_V, axis=-1, mode="fill", fill_value=absent)
 
 
 def logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:

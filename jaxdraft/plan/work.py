@@ -47,15 +47,22 @@ class Prompts(NamedTuple):
     notes: list[str]
 
 
-def prompts_of(source: Any, recipe: Recipe) -> Prompts:
-    """What a source of prompts says of itself in ``limit`` and ``max_tokens`` (of ``Beginnings``, ``tokens``)."""
+def prompts_of(source: Any, recipe: Recipe, limit: int | None = None, max_tokens: int | None = None) -> Prompts:
+    """What a source of prompts says of itself in ``limit`` and ``max_tokens`` (of ``Beginnings``, ``tokens``).
+
+    Args:
+      source: of a Generate stage or a task.
+      recipe: that it stands in.
+      limit: a task's own.
+      max_tokens: a task's own.
+    """
     if isinstance(source, Magpie):
         return Prompts(source.count, bucket_length(1), [])
     if isinstance(source, Written):
         return _written(source, recipe)
-    count = getattr(source, "limit", None)
-    tokens = getattr(source, "max_tokens", None) or getattr(source, "tokens", None)
-    where = getattr(source, "path", type(source).__name__)
+    count = _least(limit, getattr(source, "limit", None))
+    tokens = _least(max_tokens, getattr(source, "max_tokens", None), getattr(source, "tokens", None))
+    where = getattr(source, "path", None) or getattr(source, "name", type(source).__name__)
     notes = []
     if count is None:
         notes.append(f"prompts unknown: reads {where}; its limit would say how many at most")
@@ -64,13 +71,16 @@ def prompts_of(source: Any, recipe: Recipe) -> Prompts:
     return Prompts(count, tokens or PROMPT_TOKENS, notes)
 
 
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _written(source: Written, recipe: Recipe) -> Prompts:
     made = recipe.stage(source.stage)
     assert isinstance(made, Generate)
     totals = [prompts_of(source, recipe).total for source in made.prompts]
     total = None if None in totals else len(made.temperatures) * sum(n for n in totals if n is not None)
-    limits = [n for n in (total, source.limit) if n is not None]
-    return Prompts(min(limits, default=None), source.max_tokens or made.max_new_tokens, [])
+    return Prompts(_least(total, source.limit), source.max_tokens or made.max_new_tokens, [])
 
 
 def expected_block(block_size: int, acceptance: float = ACCEPTANCE) -> float:

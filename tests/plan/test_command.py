@@ -128,6 +128,14 @@ def test_prompts_that_no_limit_bounds_are_not_guessed(capsys):
     assert any("prompts unknown: reads data/oig-small-chip2.jsonl" in line for line in lines)
 
 
+def test_a_tasks_own_limits_count():
+    chips = Hardware("v5e", 8)
+    (plans, _), (fewer, _) = (
+        planned(FULL["direct_alignment"], chips, *change) for change in ([], ["evaluate.tasks.dolly.limit=10"])
+    )
+    assert fewer["evaluate"].tokens == pytest.approx(plans["evaluate"].tokens * 2010 / 3000)
+
+
 def test_a_batch_that_cannot_lie_on_a_chip_is_said():
     plans, _ = planned(FULL["direct_alignment"], Hardware("v5e", 8), "responses.batch_size=1024")
     assert any("lower batch_size" in note for note in plans["responses"].notes)

@@ -1,0 +1,126 @@
+"""Perplexity over a text: how well a model predicts what was not written for it, as a pretrained draft is judged.
+
+FastDraft (arXiv 2411.11055, tables 1 and 7) gives that of pretrained drafts on WikiText-2, 147 to 1,595, and says
+neither of which split, nor over which windows, nor whether it is per token or per word. Here:
+
+- A document is tokenised as a prompt is: BOS before it where the tokenizer adds one, no EOS after it.
+- Its tokens are predicted ``stride`` at a time, from as many before them as make a window of ``length``. Each is
+  predicted once, but for a document's first, which nothing comes before: BOS, where there is one.
+- ``perplexity`` is exp(Σ −ln p / tokens) over the tokens of all documents, at temperature 1.
+- ``word_perplexity``, of EleutherAI's evaluation harness, divides the same sum by the words between white space, and
+  ``bits_per_byte``, in bits, by the bytes of the text in UTF-8, but for a first token that is not predicted. Both
+  compare models of different tokenizers.
+
+The usual recipe, of transformers' documentation, joins the lines of the whole split into one text, with one BOS, and
+slides the same windows over it: with one document and a ``stride`` that divides ``length`` the result is the same. Its
+articles see the end of the one before. Where its windows do not overlap, as for quantised models, the first token of
+each window is not predicted, and the next ones from little.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxdraft.data.quarantine import Quarantine
+from jaxdraft.data.sources import Source
+from jaxdraft.decode import token_log_probs
+from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate import metrics
+from jaxdraft.models import Decoder
+from jaxdraft.models.decoder import Params
+from jaxdraft.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 2048
+"""Tokens of a window, where the models take as many: the rows that Direct Alignment trains on."""
+
+
+class Document(NamedTuple):
+    """A text to be predicted.
+
+    Attributes:
+      tokens: its ids, BOS included where the tokenizer adds it; at least two.
+      words: between white space.
+      size: bytes of UTF-8 that the tokens after the first stand for.
+    """
+
+    tokens: list[int]
+    words: int
+    size: int
+
+
+def read_documents(source: Source, tokenizer: Tokenizer) -> list[Document]:
+    """All documents of a source but those of a single token; what it rejects goes into the log.
+
+    Raises:
+      ConfigError: it has none.
+    """
+    quarantine = Quarantine()
+    found = []
+    for text in quarantine.accepted(source.documents()):
+        tokens = tokenizer.encode(text)
+        if len(tokens) > 1:
+            first = "" if tokenizer.adds_bos else tokenizer.decode(tokens[:1])
+            found.append(Document(tokens, len(text.split()), len(text.encode()) - len(first.encode())))
+    if not found:
+        raise ConfigError(f"{source}: no text")
+    for reason, count in quarantine.counts.items():
+        logger.warning("%s: left out %d documents: %s", source, count, reason)
+    return found
+
+
+def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Where each window of a document of ``count`` tokens begins, the first token predicted in it, and its end."""
+    for begin in range(0, count, stride):
+        first, end = max(begin, 1), min(begin + stride, count)
+        if first < end:
+            yield max(begin + stride - length, 0), first, end
+
+
+def perplexity(
+    decoder: Decoder,
+    params: Params,
+    documents: Sequence[Document],
+    *,
+    length: int,
+    stride: int,
+    batch_size: int = 8,
+    advance: Callable[[int], Any] = lambda _: None,
+) -> dict[str, Any]:
+    """A model's perplexity per token, per word, and its bits per byte, with intervals over documents.
+
+    Args:
+      decoder: of either kind.
+      params: its parameters.
+      documents: of ``read_documents``.
+      length: tokens of a window, at least two.
+      stride: tokens predicted in each window, fewer than ``length``.
+      batch_size: windows at once.
+      advance: called with a number of windows whenever they are done.
+
+    Returns:
+      ``perplexity``, ``word_perplexity``, ``bits_per_byte``, and of each ``…_ci95``; null for what is infinite: a model
+      with a draft vocabulary cannot say every token.
+
+    Raises:
+      ConfigError: ``length`` or ``stride`` is out of range.
+      FloatingPointError: the model gave logits that are not finite.
+    """
+    if not 0 < stride < length:
+        raise ConfigError(f"length is {length} and stride {stride}: stride must be positive, and length larger")
+    cut = [(i, *window) for i, each in enumerate(documents) for window in windows(len(each.tokens), length, stride)]
+    contexts = [documents[i].tokens[begin:first] for i, begin, first, _ in cut]
+    texts = [documents[i].tokens[first:end] for i, _, first, end in cut]
+    log_probs = token_log_probs(decoder, params, contexts, texts, batch_size=batch_size, advance=advance)
+    nats = np.zeros(len(documents))
+    np.add.at(nats, [i for i, *_ in cut], [-log_p_N.sum() for log_p_N in log_probs])
+    tokens, words, sizes = zip(*((len(each.tokens) - 1, each.words, each.size) for each in documents), strict=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {
+            **metrics.with_interval("perplexity", np.exp(metrics.ratio_of_sums(nats, tokens))),
+            **metrics.with_interval("word_perplexity", np.exp(metrics.ratio_of_sums(nats, words))),
+            **metrics.with_interval("bits_per_byte", metrics.ratio_of_sums(nats, sizes) / np.log(2)),
+        }
