@@ -106,7 +106,7 @@ def verify_block(
     h_BG = jnp.where(P_BG < 1, S_BG / (S_BG + 1 - P_BG), 1.0)
     h_BG = jnp.where(_among(drafted_B - 1, drafts_BG), h_BG, P_BG)
     passed_BG = (uniforms_BG < h_BG) & _among(drafted_B, drafts_BG)
-    accepted_B = jnp.max(passed_BG * jnp.arange(1, passed_BG.shape[1] + 1), axis=1)
+    accepted_B = _until_last(passed_BG)
     P_B = jnp.concatenate([one_B[:, None], P_BG], axis=1)[jnp.arange(len(one_B)), accepted_B]
     return accepted_B, _following(accepted_B, drafted_B, draft_probs_BGV, target_probs_BKV, P_B[:, None])
 
@@ -149,6 +149,10 @@ def _at(probs_BGV: jax.Array, tokens_BG: jax.Array) -> jax.Array:
 def _among(count_B: jax.Array, like_BG: jax.Array) -> jax.Array:
     """Whether each place is one of a row's first ``count_B``."""
     return jnp.arange(like_BG.shape[1]) < count_B[:, None]
+
+
+def _until_last(passed_BG: jax.Array) -> jax.Array:
+    return jnp.max(passed_BG * jnp.arange(1, passed_BG.shape[1] + 1), axis=1)
 
 
 def _leading(passed_BG: jax.Array) -> jax.Array:
