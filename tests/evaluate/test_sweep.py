@@ -75,10 +75,9 @@ TASKS = (
 )
 
 
-def make(target, folder, tasks=TASKS, block_sizes=(1, 3), batch_sizes=(2,), drafts=1, earlier=(), **given):
-    settings = Settings(
-        tuple(map(Speculation, block_sizes)), batch_sizes, **{"repeats": 1, "predict_up_to": 2, **given}
-    )
+def make(target, folder, tasks=TASKS, block_sizes=(1, 3), batch_sizes=(2,), drafts=1, earlier=(), how=(), seed=0):
+    speculations = tuple(Speculation(block_size, *how) for block_size in block_sizes)
+    settings = Settings(speculations, batch_sizes, seed, repeats=1, predict_up_to=2)
     bar = progress_bar(answers(tasks, settings, drafts), "test", "answer")
     return Sweep(target, tasks, settings, Letters(), folder, bar, earlier), bar
 
@@ -153,6 +152,21 @@ def test_figures_are_those_of_lossless_decoding(target, drafts, tmp_path):
         assert ["measured_speedup" in point for point in found["curve"]] == [False, True, False]
         best = max(found["curve"], key=lambda point: point["predicted_speedup"])
         assert found["best_block_size"] == best["block_size"]
+
+
+def test_other_ways_to_speculate_stand_beside(target, drafts, tmp_path):
+    for how in ((), ("block", "sampled", 0.0), ("token", "greedy", 0.3)):
+        made, _ = make(target, tmp_path, TASKS[2:], block_sizes=(3,), how=how)
+        made.measure(drafts[0])
+    results, samples = made.results(drafts[0])
+    plain, block, greedy = sorted(results["runs"], key=lambda run: ("drafting" in run, "verification" in run))
+    assert block["verification"] == "block"
+    assert (greedy["drafting"], greedy["stop_below"]) == ("greedy", 0.3)
+    assert all(abs(run["offline_deviation"]) < 4 for run in results["runs"])
+    assert plain["block_efficiency_offline"] <= block["block_efficiency_offline"]
+    # How much is drafted where that adapts is known only when it is decoded.
+    assert [found.get("verification") for found in results["best_block_size"]] == [None, "block"]
+    assert sum("drafted" in line for line in samples) == greedy["prompts"]
 
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(target, drafts, tmp_path, decoded, monkeypatch):
