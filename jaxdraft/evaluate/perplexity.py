@@ -114,7 +114,7 @@ def measure_perplexity(model: Model, documents: Documents, length: int) -> dict[
     """``perplexity`` with windows that half overlap, and what it was measured on, as ``results.json`` has it."""
     each, stride = documents.each, length // 2
     count = sum(1 for document in each for _ in windows(len(document.tokens), length, stride))
-    with progress_bar(count, f"perplexity of {model.name}", "window") as bar:
+    with progress_bar(count, f"perplexity on {documents.name}", "window") as bar:
         found = perplexity(model.decoder, model.params, each, length=length, stride=stride, advance=bar.update)
     return {
         **found,
