@@ -69,8 +69,9 @@ def drafts_at(place: str, checkpoints: Collection[int] | None) -> Sequence[Draft
     if record.get("kind") != "Train":
         if checkpoints is not None:
             raise ConfigError(f"{place} has no checkpoints: give the folder of a Train stage, RUN/STAGE")
+        name = folder.resolve().name
         folder = model_folder(place)
-        return [Draft(folder.name, folder, functools.partial(Model.load, folder))]
+        return [Draft(name, folder, functools.partial(Model.load, folder))]
     if record["status"] != "done":
         raise ConfigError(f"{place} is not finished: run its recipe to the end of this stage")
     if checkpoints is None:

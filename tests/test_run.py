@@ -135,6 +135,24 @@ def test_the_last_checkpoint_is_the_model_that_was_evaluated(tiny_run):
             assert line["block_efficiency_offline"] == expected[line["task"]]
 
 
+def test_an_evaluation_that_is_asked_for_more_does_that_alone(copy):
+    read = lambda draft: json.loads((copy / "evaluate" / draft / "results.json").read_text())
+    before = {draft: read(draft) for draft in ("pretrain", "distill")}
+    run(load_recipe(TINY, ["evaluate.decode_checkpoints=true"]), copy, only=["evaluate"])
+    assert (copy / "superseded" / "evaluate.1" / "distill" / "results.json").exists()
+    assert {draft: read(draft) for draft in before} == before  # times and all: nothing was decoded again
+    lines = read_jsonl(copy / "evaluate" / "checkpoints.jsonl")
+    assert [(line["draft"], line["step"], line["task"]) for line in lines] == [
+        (draft, step, task)
+        for draft, steps in (("pretrain", (6,)), ("distill", (3, 6)))
+        for step in steps
+        for task in ("open", "greedy")
+    ]
+    at_end = [line for line in lines if (line["draft"], line["step"]) == ("distill", 6)]
+    assert [{"draft": "distill", "step": 6, **run} for run in before["distill"]["runs"]] == at_end
+    assert all(line["identical_to_target"] == line["prompts"] for line in lines if line["task"] == "greedy")
+
+
 def test_what_was_logged_while_a_draft_learned_ends_with_the_model_it_became(tiny_run):
     lines = read_jsonl(tiny_run / "distill" / "block_efficiency.jsonl")
     keys = [(line["step"], line["temperature"], line["block_size"]) for line in lines]
@@ -420,12 +438,35 @@ def test_the_command_line_evaluates_and_samples_the_export(tiny_run, tmp_path, c
     target, draft = str(tiny_run / "target" / "model"), str(tiny_run / "export")
     pair = ["--target", target, "--draft", draft, "--max-new-tokens", "8"]
     out = tmp_path / "out"
-    assert main(["evaluate", *pair, "--prompts", str(prompts), "--block-sizes", "2", "--out", str(out)]) == 0
+    measure = ["--prompts", str(prompts), "--block-sizes", "2", "--predict-up-to", "1", "--out", str(out)]
+    assert main(["evaluate", *pair, *measure]) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["runs"][0]["task"] == "prompts"
     assert results["runs"][0]["identical_to_target"] == 2
     assert [json.loads(line)["id"] for line in (out / "samples.jsonl").read_text().splitlines()] == ["1", "two"]
+    assert "2 of 2 greedy answers are the target's own" in capsys.readouterr().out
+
+    # Of several drafts each has a folder; one that is a Train stage may be measured as it was at a checkpoint.
+    several = [*pair, "--draft", str(tiny_run / "pretrain"), "--draft", str(tiny_run / "target"), *measure]
+    assert main(["evaluate", *several]) == 0
+    assert {path.parent.name for path in out.glob("*/results.json")} == {"export", "pretrain", "target"}
+    assert json.loads((out / "export" / "results.json").read_text())["runs"] == results["runs"]
+    (run,) = json.loads((out / "target" / "results.json").read_text())["runs"]
+    assert run["acceptance_rate"] == 1
+    past = ["--target", target, "--draft", str(tiny_run / "pretrain"), "--max-new-tokens", "8", "--checkpoints"]
+    other = ["--out", str(tmp_path / "past")]
+    assert main(["evaluate", *past, "6", *measure, *other]) == 0
+    at_end, became = (
+        json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "past", out / "pretrain")
+    )
+    assert at_end["draft"] == "pretrain@6"
+    assert at_end["settings"] == became["settings"]
+    assert at_end["runs"][0]["block_efficiency"] == became["runs"][0]["block_efficiency"]
     capsys.readouterr()
+    assert main(["evaluate", *past, "4", *measure, *other]) == 2
+    assert "kept no checkpoint of step 4: it has 6" in capsys.readouterr().err
+    assert main(["evaluate", *pair, *measure, *other]) == 2
+    assert "was measured with weights" in capsys.readouterr().err
     long = ["--max-new-tokens", "9999", "--prompts", str(prompts), "--out", str(out)]
     assert main(["evaluate", "--target", target, "--draft", draft, *long]) == 2
     assert "only 2048 positions" in capsys.readouterr().err

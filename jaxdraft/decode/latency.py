@@ -17,7 +17,7 @@ from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight,
 from jaxdraft.sharding import mesh_of, place
 
 _STEPS = 16
-_SECONDS = 0.25  # that are timed at least
+_SECONDS = 0.1  # that are timed at least
 
 
 def step_latency(
@@ -33,7 +33,7 @@ def step_latency(
 ) -> float:
     """Seconds of one step that reads ``width`` tokens a row, in a cache that is half full, and chooses what follows.
 
-    The median over at least ``repeats`` loops of 16 steps, and at least a quarter of a second of them.
+    The median over at least ``repeats`` loops of 16 steps, and at least a tenth of a second of them.
 
     Args:
       decoder: with ``scan=False``.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdraft.decode import Acceptance, Speculation, SpeculativeResult, expected_blocks
+from jaxdraft.decode import Acceptance, Speculation, SpeculativeResult
 from jaxdraft.evaluate.measure import Baseline, Model, Timed, Work
 from jaxdraft.evaluate.metrics import (
     acceptance_metrics,
@@ -51,22 +51,15 @@ class Cell(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """As every line names them, options only where they are not the default."""
-        work, speculation = self.work, self.speculation
-        default = Speculation(speculation.block_size)
-        options = {name: value for name, value in vars(speculation).items() if value != getattr(default, name)}
-        return {
-            "task": work.task.name,
-            "block_size": speculation.block_size,
-            **work.sampling,
-            "batch_size": work.batch_size,
-            **options,
-        }
+        work, block_size = self.work, self.speculation.block_size
+        named = {"task": work.task.name, "block_size": block_size, **work.sampling, "batch_size": work.batch_size}
+        return named | options_of(self.speculation)
 
-    @property
-    def offline_is_exact(self) -> bool:
-        """Whether the offline figures are of this way to speculate: the token rule, on γ proposals that are drawn."""
-        same_law = (self.speculation.verification, self.speculation.drafting) == ("token", "sampled")
-        return self.speculation.stop_below == 0 and (same_law or self.work.task.temperature == 0)
+
+def options_of(speculation: Speculation) -> dict[str, Any]:
+    """What is not as it is by default, the block size apart."""
+    default = vars(Speculation(speculation.block_size))
+    return {name: value for name, value in vars(speculation).items() if value != default[name]}
 
 
 def run_line(
@@ -136,11 +129,14 @@ def sample_lines(
         }
         if cell.speculation.stop_below:
             line["drafted"] = result.drafted
-        line["target_tokens"] = len(acceptance.accept_N)
-        if cell.offline_is_exact:
-            line["expected_blocks"] = round(expected_blocks(acceptance.accept_N, cell.speculation.block_size), 6)
-        line["overlap_sum"] = round(float(acceptance.overlap_N.sum()), 6)
-        lines.append(line)
+        lines.append(
+            {
+                **line,
+                "target_tokens": len(acceptance.ratio_N),
+                "expected_blocks": round(acceptance.expected_blocks(cell.speculation), 6),
+                "overlap_sum": round(float(acceptance.overlap_N.sum()), 6),
+            }
+        )
     return lines
 
 
@@ -154,32 +150,25 @@ def _losslessness(
     target drew alone, differ by chance only: ``offline_deviation`` is by how many standard errors, with the bootstrap's
     standard error of their difference over prompts.
     """
-    exact_W = np.full(2, np.nan)
-    if cell.offline_is_exact:
-        exact_W = offline_efficiency([a.accept_N for a in acceptances], cell.speculation.block_size)
+    exact_W = offline_efficiency(acceptances, cell.speculation)
     found = with_interval("block_efficiency_offline", exact_W)
     if cell.work.task.temperature == 0:
-        pairs = list(zip(results, baseline.answers, acceptances, strict=True))
-        found["identical_to_target"] = sum(result.tokens == answer for result, answer, _ in pairs)
-        if cell.offline_is_exact:
-            found["blocks_as_offline"] = sum(
-                len(result.accepted) == round(expected_blocks(a.accept_N, cell.speculation.block_size))
-                for result, _, a in pairs
-            )
-        if differing := len(results) - found["identical_to_target"]:
+        expected = [round(acceptance.expected_blocks(cell.speculation)) for acceptance in acceptances]
+        equal = sum(result.tokens == answer for result, answer in zip(results, baseline.answers, strict=True))
+        counted = sum(len(result.accepted) == count for result, count in zip(results, expected, strict=True))
+        found |= {"identical_to_target": equal, "blocks_as_offline": counted}
+        if equal < len(results):
             rounds = "" if cell.draft.dtype == np.float32 else " (bfloat16 rounds differently for other shapes)"
-            logger.warning(
-                "%s: %d of %d greedy answers differ from the target's own%s", cell, differing, len(results), rounds
-            )
-    elif cell.offline_is_exact:
-        efficiency_W = ratio_of_sums([len(r.tokens) for r in results], [len(r.accepted) for r in results])
-        difference_W = efficiency_W - exact_W
-        spread = float(np.std(difference_W[1:]))
-        deviation = plain(difference_W[0] / spread) if spread else None
-        found["offline_deviation"] = deviation
-        if deviation is not None and abs(deviation) > _FAR:
-            logger.warning("%s: block efficiency is %.1f standard errors from what it must be", cell, deviation)
-    return found
+            amount = len(results) - equal, len(results)
+            logger.warning("%s: %d of %d greedy answers differ from the target's own%s", cell, *amount, rounds)
+        return found
+    efficiency_W = ratio_of_sums([len(r.tokens) for r in results], [len(r.accepted) for r in results])
+    difference_W = efficiency_W - exact_W
+    spread = float(np.std(difference_W[1:]))
+    deviation = plain(difference_W[0] / spread) if spread else None
+    if deviation is not None and abs(deviation) > _FAR:
+        logger.warning("%s: block efficiency is %.1f standard errors from what it must be", cell, deviation)
+    return found | {"offline_deviation": deviation}
 
 
 def _speeds(

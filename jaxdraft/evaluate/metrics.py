@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdraft.decode import Acceptance, SpeculativeResult, expected_blocks
+from jaxdraft.decode import Acceptance, Speculation, SpeculativeResult, expected_blocks
 
 RESAMPLES = 1000
 
@@ -89,13 +89,14 @@ def acceptance_metrics(results: Sequence[SpeculativeResult], block_size: int, ra
 
 def offline_metrics(accepts: Sequence[np.ndarray], block_size: int) -> dict[str, Any]:
     """The exact expected block efficiency on the target's own text, without decoding, from each answer's a_j."""
-    return with_interval("block_efficiency_offline", offline_efficiency(accepts, block_size))
+    blocks = [expected_blocks(accept_N, block_size) for accept_N in accepts]
+    return with_interval("block_efficiency_offline", ratio_of_sums(list(map(len, accepts)), blocks))
 
 
-def offline_efficiency(accepts: Sequence[np.ndarray], block_size: int) -> np.ndarray:
-    """Σ tokens / Σ expected blocks, ``float64[W]``."""
-    tokens = [len(accept_N) for accept_N in accepts]
-    return ratio_of_sums(tokens, [expected_blocks(accept_N, block_size) for accept_N in accepts])
+def offline_efficiency(acceptances: Sequence[Acceptance], speculation: Speculation) -> np.ndarray:
+    """The same for any way to speculate, ``float64[W]``."""
+    tokens = [len(acceptance.ratio_N) for acceptance in acceptances]
+    return ratio_of_sums(tokens, [acceptance.expected_blocks(speculation) for acceptance in acceptances])
 
 
 def overlap_metrics(acceptances: Sequence[Acceptance]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.records import write_json
 from jaxdraft.decode import Acceptance, Speculation
 from jaxdraft.errors import ConfigError
-from jaxdraft.evaluate.cell import Cell, run_line, sample_lines
+from jaxdraft.evaluate.cell import Cell, options_of, run_line, sample_lines
 from jaxdraft.evaluate.measure import Baseline, Model, Work, acceptances, write_alone, write_with_draft
-from jaxdraft.evaluate.metrics import offline_efficiency, offline_metrics
+from jaxdraft.evaluate.metrics import offline_efficiency, with_interval
 from jaxdraft.evaluate.parts import Parts
 from jaxdraft.evaluate.perplexity import LONGEST, Documents, measure_perplexity
 from jaxdraft.evaluate.tasks import Task
@@ -37,7 +37,7 @@ PARTS = "measured"
 """Name of the folder with a sweep's parts."""
 TaskPrompts = tuple[Task, Sequence[Prompt]]
 """A task with its prompts."""
-_SETTING = ("task", "temperature", "top_p", "top_k", "batch_size")
+_SETTING = ("task", "temperature", "top_p", "top_k", "batch_size", "verification", "drafting", "stop_below")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     """How everything is decoded.
 
     Attributes:
-      speculations: how drafts propose, one for each block size.
+      speculations: how drafts propose, one for each block size and alike in all else.
       batch_sizes: prompts decoded at once.
       seed: of all randomness.
       repeats: each batch is timed so often, and the best counts.
@@ -126,17 +126,20 @@ class Sweep:
                     self._bar.set_postfix_str(f"{Path(draft.name).name}: {cell}")
                     measure = functools.partial(self._cell, cell, baseline, latencies, seen)
                     self._part(of, measure, len(work.prompts))
-                largest = self._settings.predict_up_to
-                of = {"kind": "curve", "draft": draft.identity, **work.identity, "predict_up_to": largest}
-                self._part(of, functools.partial(self._curve, latencies, seen, largest))
+                options = options_of(self._settings.speculations[0])
+                if "stop_below" not in options:  # else what a block takes is known only when it is decoded
+                    up_to = {"predict_up_to": self._settings.predict_up_to}
+                    of = {"kind": "curve", "draft": draft.identity, **work.identity, **options, **up_to}
+                    self._part(of, functools.partial(self._curve, latencies, seen, options))
 
     def offline(self, draft: Model) -> Iterator[dict[str, Any]]:
         """Exact block efficiency of a draft in every setting: a pass over what the target wrote, no decoding."""
         for work, *_ in self._works:
-            accepts = [seen.accept_N for seen in self._acceptances(draft, work)]
-            for block_size in (speculation.block_size for speculation in self._settings.speculations):
-                found = offline_metrics(accepts, block_size)
-                yield {"task": work.task.name, "block_size": block_size, **work.sampling, **found}
+            seen = self._acceptances(draft, work)
+            for speculation in self._settings.speculations:
+                named = {"task": work.task.name, "block_size": speculation.block_size, **work.sampling}
+                found = with_interval("block_efficiency_offline", offline_efficiency(seen, speculation))
+                yield {**named, **options_of(speculation), **found}
 
     def results(self, draft: Model) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Contents of ``results.json`` and lines of ``samples.jsonl``: all that was found of this pair in the folder.
@@ -209,15 +212,18 @@ class Sweep:
         run = run_line(cell, results, batches, baseline, seen(), latencies, classes)
         return {"run": run, "samples": sample_lines(cell, results, seen())}
 
-    def _curve(self, latencies: Latencies, seen: Callable[[], list[Acceptance]], largest: int) -> dict[str, Any]:
-        work, accepts = latencies.work, [acceptance.accept_N for acceptance in seen()]
-        efficiency = lambda block_size: float(offline_efficiency(accepts, block_size)[0])
-        points = curve(latencies, efficiency, range(1, largest + 1))
+    def _curve(
+        self, latencies: Latencies, seen: Callable[[], list[Acceptance]], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        work = latencies.work
+        efficiency = lambda size: float(offline_efficiency(seen(), Speculation(size, **options))[0])
+        points = curve(latencies, efficiency, range(1, self._settings.predict_up_to + 1))
         best = max(points, key=lambda point: point["predicted_speedup"])
         return {
             "task": work.task.name,
             **work.sampling,
             "batch_size": work.batch_size,
+            **options,
             "best_block_size": best["block_size"],
             "curve": points,
         }
@@ -293,13 +299,8 @@ def _setting(run: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _with_measured(found: dict[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A curve with the speed-ups that were measured with plain speculation."""
-    options = [field.name for field in dataclasses.fields(Speculation) if field.name != "block_size"]
-    measured = {
-        run["block_size"]: run["measured_speedup"]
-        for run in runs
-        if _setting(run) == _setting(found) and not any(name in run for name in options)
-    }
+    """A curve with the speed-ups that were measured on it."""
+    measured = {run["block_size"]: run["measured_speedup"] for run in runs if _setting(run) == _setting(found)}
     points = [
         {**point, "measured_speedup": measured[point["block_size"]]} if point["block_size"] in measured else point
         for point in found["curve"]
