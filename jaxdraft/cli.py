@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--prompts", action="append", default=[], help="JSONL file of prompts; may be given repeatedly"
     )
+    evaluate.add_argument(
+        "--perplexity",
+        metavar="TEXT",
+        help="also measure it, on a file or folder of text, wikitext-2 or wikitext-2=PATH",
+    )
     evaluate.add_argument("--block-sizes", type=integers, default=(3, 5), metavar="3,5", help="γ (default: 3,5)")
     evaluate.add_argument("--verification", choices=("token", "block"), default="token", help="rule (default: token)")
     evaluate.add_argument(
@@ -258,6 +263,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.decode import Speculation
     from jaxdraft.evaluate.command import evaluate
+    from jaxdraft.evaluate.perplexity import source_named
     from jaxdraft.evaluate.sweep import Settings
     from jaxdraft.evaluate.tasks import asked_for
     from jaxdraft.models.hub import model_folder
@@ -279,6 +285,7 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
         temperatures=options.temperature,
         settings=settings,
         out=options.out,
+        perplexity=None if options.perplexity is None else source_named(options.perplexity),
     )
 
 

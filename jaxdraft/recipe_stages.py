@@ -5,6 +5,7 @@ import math
 from typing import Any, ClassVar, Literal
 
 from jaxdraft.data.magpie import Magpie
+from jaxdraft.data.sources import Source
 from jaxdraft.decode import Speculation
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.tasks import Task
@@ -232,6 +233,8 @@ class Evaluate(Stage):
       stop_below: a draft token's probability below which a block ends.
       repeats: each batch is timed so often, and the best counts.
       predict_up_to: the largest block size whose speed-up is predicted from latencies, to name the best one.
+      perplexity: the text on which that of target and drafts is measured, such as ``Corpus("wikitext-2",
+        split="test")``; ``None`` measures none.
       over_checkpoints: also give the exact offline block efficiency of every checkpoint that the drafts' stages kept.
       decode_checkpoints: with it, decode with every checkpoint, and give all that is measured of drafts.
     """
@@ -246,6 +249,7 @@ class Evaluate(Stage):
     stop_below: float = 0.0
     repeats: int = 2
     predict_up_to: int = 10
+    perplexity: Source | None = None
     over_checkpoints: bool = False
     decode_checkpoints: bool = False
     uses_target: ClassVar[bool] = True

@@ -20,6 +20,7 @@ from jaxdraft.data_stages import (
 from jaxdraft.distributed import fetch, is_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
+from jaxdraft.evaluate.perplexity import read_documents
 from jaxdraft.evaluate.sweep import Settings, Sweep, answers, at_temperatures, write_results
 from jaxdraft.export import export_stage
 from jaxdraft.generation import run_generate
@@ -156,6 +157,8 @@ def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
     positions = target.decoder.config.max_positions
     asked = together(lambda: [(task, task.read(context.tokenizer, positions)) for task in stage.tasks])
     tasks = at_temperatures(asked, stage.temperatures)
+    source = stage.perplexity
+    text = None if source is None else together(lambda: read_documents(source, context.tokenizer))
     settings = Settings(
         stage.speculations, stage.batch_sizes, context.recipe.seed, stage.repeats, predict_up_to=stage.predict_up_to
     )
@@ -164,7 +167,7 @@ def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
     series: list[dict[str, Any]] = []
     with progress_bar(answers(tasks, settings, decoded), stage.name, "answer") as bar:
         home = context.home
-        sweep = Sweep(target, tasks, settings, context.tokenizer, folder, bar, home.aside(stage.name), home.keep)
+        sweep = Sweep(target, tasks, settings, context.tokenizer, folder, bar, home.aside(stage.name), home.keep, text)
         for name in drafts:
             draft = Model.load(context.model_folder(name), context.decode_mesh)
             try:

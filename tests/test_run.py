@@ -105,6 +105,8 @@ def test_results_are_complete_and_consistent(tiny_run):
             if row["temperature"] == 0:
                 assert row["identical_to_target"] == row["prompts"]
                 assert row["block_efficiency_offline"] == row["block_efficiency"]
+        assert min(results[of]["perplexity"] for of in ("perplexity", "target_perplexity")) > 1
+        assert results["perplexity"]["text"] == "PythonLibrary"
     lines = [json.loads(line) for line in (tiny_run / "evaluate" / "checkpoints.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if line["draft"] == "distill"} == {3, 6}
 
@@ -472,6 +474,43 @@ def test_the_command_line_evaluates_and_samples_the_export(tiny_run, tmp_path, c
     printed = capsys.readouterr()
     assert printed.out.startswith("def f(x):")
     assert "runs of the target" in printed.err
+
+
+MY_TASKS = """
+from jaxdraft.data.prompts import PromptList
+from jaxdraft.evaluate.tasks import Task
+
+def functions(path="names.txt"):
+    names = open(path).read().split()
+    return Task("functions", PromptList([{"prompt": f"def {name}("} for name in names]), max_new_tokens=5)
+"""
+
+
+def test_the_command_line_measures_on_tasks_and_a_text(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)  # undone after the test, with what the import adds
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_tasks.py").write_text(MY_TASKS)
+    (tmp_path / "names.txt").write_text("f getattr")
+    (tmp_path / "de.jsonl").write_text(
+        '{"source": "Ja .", "reference": "Yes ."}\n{"source": "No", "reference": "No"}\n'
+    )
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 20)
+    pair = ["--target", str(tiny_run / "target" / "model"), "--draft", str(tiny_run / "export")]
+    asked = ["--task", "my_tasks:functions", "--task", "wmt18-de-en=de.jsonl", "--max-new-tokens", "6", "--limit", "1"]
+    command = ["evaluate", *pair, *asked, "--perplexity", "text.txt", "--block-sizes", "2", "--predict-up-to", "0"]
+    assert main([*command, "--out", "out"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(run["task"], run["prompts"], run["temperature"]) for run in results["runs"]] == [
+        ("functions", 1, 0.0),
+        ("wmt18-de-en", 1, 0.0),
+    ]
+    draft, target = results["perplexity"], results["target_perplexity"]
+    assert (draft["text"], draft["documents"], draft["words"]) == ("text.txt", 1, 120)
+    assert draft["perplexity"] > 1
+    assert draft["tokens"] == target["tokens"]
+    assert f"the draft's perplexity on text.txt: {draft['perplexity']:.3f} per token" in capsys.readouterr().out
+    assert main(["evaluate", *pair, "--out", "out"]) == 2
+    assert "nothing to measure on: give --prompts FILE, or --task with one of dolly, xsum" in capsys.readouterr().err
 
 
 def test_wrong_input_exits_with_2_and_a_held_directory_with_75(tiny_run, tmp_path, capsys):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxdraft.data.prompts import example_id
+from jaxdraft.data.sources import Source
 from jaxdraft.decode import Speculation, generate_batches, speculative_batches, token_origins
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
+from jaxdraft.evaluate.perplexity import read_documents
 from jaxdraft.evaluate.sweep import Draft, Settings, Sweep, answers, at_temperatures, check_same, write_results
-from jaxdraft.evaluate.tasks import Task
+from jaxdraft.evaluate.tasks import TASKS, Task
 from jaxdraft.models.hf import load_config
 from jaxdraft.sharding import mesh_of
 from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
@@ -20,6 +22,7 @@ from jaxdraft.tracking import progress_bar
 logger = logging.getLogger(__name__)
 
 # Bold green for what the draft wrote; plain for the target's own tokens.
+_PERPLEXITIES = {"perplexity": "per token", "word_perplexity": "per word", "bits_per_byte": "bits per byte"}
 _ACCEPTED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
@@ -31,6 +34,7 @@ def evaluate(
     temperatures: Sequence[float],
     settings: Settings,
     out: Path,
+    perplexity: Source | None = None,
 ) -> None:
     """Measures drafts of one target and prints a table.
 
@@ -45,11 +49,14 @@ def evaluate(
       temperatures: in place of the tasks' own; none keeps those.
       settings: how everything is decoded.
       out: where results are kept.
+      perplexity: the text on which that of target and drafts is measured.
 
     Raises:
-      ConfigError: a folder, the prompts or a setting is wrong, two models' tokenizers differ, or ``out`` holds results
-        of other models or settings.
+      ConfigError: there is nothing to measure on, a folder, the prompts or a setting is wrong, two models' tokenizers
+        differ, or ``out`` holds results of other models or settings.
     """
+    if not tasks and perplexity is None:
+        raise ConfigError(f"nothing to measure on: give --prompts FILE, or --task with one of {', '.join(TASKS)}")
     names = [draft.name for draft in drafts]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two drafts are called {twice[0]}: give each a folder of another name")
@@ -59,9 +66,10 @@ def evaluate(
         tokenizer = _shared_tokenizer(target, draft.folder)
     positions = load_config(target).max_positions
     asked = at_temperatures([(task, task.read(tokenizer, positions)) for task in tasks], temperatures)
+    text = None if perplexity is None else read_documents(perplexity, tokenizer)
     model = Model.load(target)
     with progress_bar(answers(asked, settings, len(drafts)), "evaluate", "answer") as bar:
-        sweep = Sweep(model, asked, settings, tokenizer, out, bar)
+        sweep = Sweep(model, asked, settings, tokenizer, out, bar, text=text)
         measured = []
         for draft in drafts:
             folder = _folder_of(draft, drafts, out)
@@ -200,6 +208,13 @@ def print_table(results: Mapping[str, Any]) -> None:
             else "no draft"
         )
         print(f"best for {where}: {advice}, as latencies predict")
+    for whose, found in (
+        ("the draft's", results.get("perplexity")),
+        ("the target's", results.get("target_perplexity")),
+    ):
+        if found:
+            each = ", ".join(f"{_number(found[name])} {unit}" for name, unit in _PERPLEXITIES.items())
+            print(f"{whose} perplexity on {found['text']}: {each}")
     print(f"{results['compile_seconds']:.1f} s of compilation are in none of these times")
 
 

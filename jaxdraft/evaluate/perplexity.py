@@ -17,25 +17,33 @@ articles see the end of the one before. Where its windows do not overlap, as for
 each window is not predicted, and the next ones from little.
 """
 
+import functools
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxdraft.data.catalogue import CORPORA
+from jaxdraft.data.named import Corpus
 from jaxdraft.data.quarantine import Quarantine
-from jaxdraft.data.sources import Source
+from jaxdraft.data.sources import Source, Text
 from jaxdraft.decode import token_log_probs
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate import metrics
+from jaxdraft.evaluate.measure import Model
 from jaxdraft.models import Decoder
 from jaxdraft.models.decoder import Params
 from jaxdraft.tokenizers import Tokenizer
+from jaxdraft.tracking import progress_bar
 
 logger = logging.getLogger(__name__)
 
 LONGEST = 2048
-"""Tokens of a window, where the models take as many: the rows that Direct Alignment trains on."""
+"""Tokens of a window, where the models take as many: those of the rows that Direct Alignment trains on."""
 
 
 class Document(NamedTuple):
@@ -52,7 +60,35 @@ class Document(NamedTuple):
     size: int
 
 
-def read_documents(source: Source, tokenizer: Tokenizer) -> list[Document]:
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """What perplexity is measured on.
+
+    Attributes:
+      name: for results.
+      each: the documents.
+    """
+
+    name: str
+    each: Sequence[Document]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash of the tokens."""
+        return hashlib.sha256(json.dumps([document.tokens for document in self.each]).encode()).hexdigest()[:16]
+
+
+def source_named(name: str) -> Source:
+    """The text behind ``wikitext-2`` or another corpus of the catalogue, its last split; else a file's.
+
+    Args:
+      name: with ``=PATH``, the corpus is read from there instead of the hub.
+    """
+    corpus, _, path = name.partition("=")
+    return Corpus(corpus, path or None, split=list(CORPORA[corpus].files)[-1]) if corpus in CORPORA else Text(name)
+
+
+def read_documents(source: Source, tokenizer: Tokenizer) -> Documents:
     """All documents of a source but those of a single token; what it rejects goes into the log.
 
     Raises:
@@ -65,11 +101,31 @@ def read_documents(source: Source, tokenizer: Tokenizer) -> list[Document]:
         if len(tokens) > 1:
             first = "" if tokenizer.adds_bos else tokenizer.decode(tokens[:1])
             found.append(Document(tokens, len(text.split()), len(text.encode()) - len(first.encode())))
+    known = [getattr(source, field, None) for field in ("name", "split")]
+    name = "/".join(filter(None, known)) or getattr(source, "path", type(source).__name__)
     if not found:
-        raise ConfigError(f"{source}: no text")
+        raise ConfigError(f"{name}: no text")
     for reason, count in quarantine.counts.items():
-        logger.warning("%s: left out %d documents: %s", source, count, reason)
-    return found
+        logger.warning("%s: left out %d documents: %s", name, count, reason)
+    return Documents(name, found)
+
+
+def measure_perplexity(model: Model, documents: Documents, length: int) -> dict[str, Any]:
+    """``perplexity`` with windows that half overlap, and what it was measured on, as ``results.json`` has it."""
+    each, stride = documents.each, length // 2
+    count = sum(1 for document in each for _ in windows(len(document.tokens), length, stride))
+    with progress_bar(count, f"perplexity on {documents.name}", "window") as bar:
+        found = perplexity(model.decoder, model.params, each, length=length, stride=stride, advance=bar.update)
+    return {
+        **found,
+        "text": documents.name,
+        "documents": len(each),
+        "tokens": sum(len(document.tokens) - 1 for document in each),
+        "words": sum(document.words for document in each),
+        "bytes": sum(document.size for document in each),
+        "length": length,
+        "stride": stride,
+    }
 
 
 def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

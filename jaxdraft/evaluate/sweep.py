@@ -25,6 +25,7 @@ from jaxdraft.evaluate.cell import Cell, options_of, run_line, sample_lines
 from jaxdraft.evaluate.measure import Baseline, Model, Work, acceptances, write_alone, write_with_draft
 from jaxdraft.evaluate.metrics import offline_efficiency, with_interval
 from jaxdraft.evaluate.parts import Parts
+from jaxdraft.evaluate.perplexity import LONGEST, Documents, measure_perplexity
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.evaluate.token_classes import TokenClasses
 from jaxdraft.evaluate.tpot import Latencies, curve
@@ -85,6 +86,7 @@ class Sweep:
       bar: counts answers, and says which are being written.
       earlier: folders of other sweeps whose parts may serve.
       keep: called with the file of every new part.
+      text: on which the perplexity of target and drafts is measured; ``None`` measures none.
     """
 
     def __init__(
@@ -97,8 +99,9 @@ class Sweep:
         bar: tqdm,
         earlier: Sequence[Path] = (),
         keep: Callable[[Path], Any] = lambda _: None,
+        text: Documents | None = None,
     ):
-        self._target, self._settings, self._bar = target, settings, bar
+        self._target, self._settings, self._bar, self._text = target, settings, bar, text
         self._classes = TokenClasses(tokenizer)
         self._works = [
             [Work(task, prompts, size, settings.seed, settings.repeats) for size in settings.batch_sizes]
@@ -110,6 +113,8 @@ class Sweep:
 
     def measure(self, draft: Model) -> None:
         """Measures what is missing of one draft."""
+        if self._text is not None:
+            self._perplexities(draft, self._text)
         for works in self._works:
             seen = functools.cache(functools.partial(self._acceptances, draft, works[0]))
             for work in works:
@@ -147,6 +152,8 @@ class Sweep:
         curves = sorted(self._parts.all(kind="curve", **of), key=lambda found: len(found["curve"]))
         longest = {_setting(found): found for found in curves}
         alone = {_setting(run): run["compile_seconds_autoregressive"] for run in runs}
+        perplexities = list(self._parts.all(kind="perplexity", draft=draft.identity))
+        asked = [found for found in perplexities if self._text and found["perplexity"]["text"] == self._text.name]
         ratio = draft.num_parameters / self._target.num_parameters
         results = {
             "target": self._target.name,
@@ -154,6 +161,7 @@ class Sweep:
             "parameters": {"target": self._target.num_parameters, "draft": draft.num_parameters, "ratio": ratio},
             "settings": self.header(draft),
             "compile_seconds": round(sum(alone.values()) + sum(run["compile_seconds"] for run in runs), 4),
+            **next(iter(asked + perplexities), {}),
             "best_block_size": [_with_measured(longest[setting], runs) for setting in alone if setting in longest],
             "runs": runs,
         }
@@ -170,6 +178,17 @@ class Sweep:
         tasks = [works[0].task.name for works in self._works]
         place = tasks.index(run["task"]) if run["task"] in tasks else len(tasks)
         return place, *(run[name] for name in ("task", "temperature", "batch_size", "block_size"))
+
+    def _perplexities(self, draft: Model, text: Documents) -> None:
+        """Of draft and target, over windows that both take."""
+        length = min(LONGEST, *(model.decoder.config.max_positions for model in (draft, self._target)))
+        of = {"text": text.identity, "length": length}
+        target = functools.partial(measure_perplexity, self._target, text, length)
+        pair = lambda: {
+            "perplexity": measure_perplexity(draft, text, length),
+            "target_perplexity": self._part({"kind": "target perplexity", **of}, target),
+        }
+        self._part({"kind": "perplexity", "draft": draft.identity, **of}, pair)
 
     def _baseline(self, work: Work) -> Baseline:
         if work not in self._baselines:

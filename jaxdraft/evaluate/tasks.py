@@ -223,7 +223,7 @@ def asked_for(names: Sequence[str], files: Sequence[str], settings: Mapping[str,
       settings: fields of ``Task`` in place of the tasks' own.
 
     Raises:
-      ConfigError: nothing is asked for, or no such task.
+      ConfigError: no such task, or names for several files.
     """
     if len(files) == len(names) == 1:
         asked = [Task(names[0], PromptFile(files[0]))]
@@ -233,6 +233,4 @@ def asked_for(names: Sequence[str], files: Sequence[str], settings: Mapping[str,
         parts = [name.partition("=") for name in names]
         asked = [named(name, path or None) for name, _, path in parts]
         asked += [Task(Path(file).stem, PromptFile(file)) for file in files]
-    if not asked:
-        raise ConfigError(f"nothing to measure on: give --prompts FILE, or --task with one of {', '.join(TASKS)}")
     return [replace(task, **settings) for task in asked]

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdraft.data.named import Corpus
 from jaxdraft.data.quarantine import Rejected
+from jaxdraft.data.sources import Text
 from jaxdraft.errors import ConfigError
-from jaxdraft.evaluate.perplexity import Document, perplexity, read_documents, windows
+from jaxdraft.evaluate.perplexity import Document, perplexity, read_documents, source_named, windows
 from jaxdraft.models import Decoder, ModelConfig, for_decoding, head_weight, init_params, logits
 
 CONFIG = ModelConfig(
@@ -92,6 +94,18 @@ def test_a_stride_leaves_something_to_see():
         perplexity(None, None, [], length=4, stride=4)
 
 
+def test_texts_by_name(tmp_path, made_run):
+    assert source_named("wikitext-2") == Corpus("wikitext-2", split="test")
+    assert source_named("wikitext-2=a.txt") == Corpus("wikitext-2", "a.txt", split="test")
+    assert source_named("tinystories") == Corpus("tinystories", split="validation")
+    assert source_named("a.txt") == Text("a.txt")
+    (tmp_path / "a.txt").write_text(" \n = Title = \n \n Text . \n")
+    names = [
+        read_documents(source_named(f"{name}{tmp_path}/a.txt"), made_run.tokenizer).name for name in ("wikitext-2=", "")
+    ]
+    assert names == ["wikitext-2/test", f"{tmp_path}/a.txt"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Documents:
     texts: tuple
@@ -103,12 +117,14 @@ class Documents:
 def test_documents_are_counted(made_run, caplog):
     tokenizer = made_run.tokenizer
     source = Documents(("Wrap the text,\n please. ", Rejected("x", "blank"), "Größe"))
-    first, second = read_documents(source, tokenizer)
+    documents = read_documents(source, tokenizer)
+    first, second = documents.each
     assert first.tokens == tokenizer.encode(source.texts[0])
     assert (first.words, first.size, second.words, second.size) == (4, 24, 1, 7)
     assert "left out 1 documents: blank" in caplog.text
     tokenizer.adds_bos = False
     piece = tokenizer.decode(tokenizer.encode(source.texts[0])[:1])
-    assert next(document.size for document in read_documents(source, tokenizer)) == 24 - len(piece) < 24
-    with pytest.raises(ConfigError, match="no text"):
+    assert read_documents(source, tokenizer).each[0].size == 24 - len(piece) < 24
+    assert read_documents(source, tokenizer).identity != documents.identity
+    with pytest.raises(ConfigError, match="Documents: no text"):
         read_documents(Documents(()), tokenizer)
