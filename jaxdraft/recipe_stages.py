@@ -93,8 +93,8 @@ class Train(OptimizerSettings, Stage):
             raise ConfigError(f"{self.name}: probe_every, probe_limit and probe_block_sizes must be positive")
         if not 0 <= self.probe_decode <= self.probe_limit:
             raise ConfigError(
-                f"{self.name}: probe_decode is {self.probe_decode}: of the probe_limit={self.probe_limit} prompts of each "
-                "temperature so many are decoded, 0 for none"
+                f"{self.name}: probe_decode is {self.probe_decode}: of the probe_limit={self.probe_limit} prompts of "
+                "each temperature so many are decoded, 0 for none"
             )
 
     @property

@@ -24,7 +24,7 @@ DECODED = 3
 def looks(tmp_path_factory):
     """The lines of a real little training: a draft learns from what somebody else's target stored.
 
-    The target's weights are random, and larger than a fresh model's, so that its most likely tokens are not nearly tied.
+    The target's weights are random, larger than a fresh model's, so that its most likely tokens are not nearly tied.
     """
     folder = tmp_path_factory.mktemp("looks")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 2}
