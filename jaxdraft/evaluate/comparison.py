@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxdraft.decode import SpeculativeResult
 from jaxdraft.evaluate.collect import RunDirectory, Stage
 from jaxdraft.evaluate.figures import decoding
 from jaxdraft.evaluate.metrics import RESAMPLES, mbsu, plain
@@ -118,7 +117,7 @@ def _counts(line: Mapping[str, Any]) -> dict[str, float]:
     accepted = line["accepted"]
     # A block that is not cut writes its accepted tokens and one more.
     is_cut = len(line["tokens"]) < sum(accepted) + len(accepted)
-    complete = SpeculativeResult(line["tokens"], accepted, is_cut).complete
+    complete = accepted[:-1] if is_cut else accepted
     return {
         "tokens": len(line["tokens"]),
         "blocks": len(accepted),
