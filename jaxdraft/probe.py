@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdraft.context import Context
 from jaxdraft.data.prompts import example_id
-from jaxdraft.decode import SpeculativeResult, acceptance, speculative_generate, token_probabilities
+from jaxdraft.decode import Speculation, SpeculativeResult, acceptance, speculative_generate, token_probabilities
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.figures import decoding
 from jaxdraft.evaluate.measure import Model
@@ -123,7 +123,7 @@ def _decoding(
         small = Model.create("draft", draft.config, params, context.mesh)
         models, found = (big.decoder, big.params, small.decoder, small.params), {}
         for block_size in stage.probe_block_sizes:
-            results = speculative_generate(*models, prompts, block_size=block_size, **settings)
+            results = speculative_generate(*models, prompts, speculation=Speculation(block_size), **settings)
             found.update({(block_size, i): result for i, result in zip(lines, results, strict=True)})
         return found
 
