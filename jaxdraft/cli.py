@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdraft import __version__
+from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
 from jaxdraft.errors import ConfigError, Interrupted
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
@@ -25,8 +26,6 @@ EVALUATE_EXAMPLE = """example:
   jaxdraft evaluate --target TARGET_FOLDER --draft DRAFT_FOLDER --prompts prompts.jsonl --block-sizes 3,5 --out results
 
 prompts.jsonl holds a line per prompt: {"prompt": "text"}, {"messages": [...]} or {"tokens": [...]}."""
-SAMPLE_EXAMPLE = """example:
-  jaxdraft sample --target TARGET_FOLDER --draft DRAFT_FOLDER --prompt "Once upon a time" --block-size 5"""
 EXPORT_EXAMPLE = """examples:
   jaxdraft export --run runs/quickstart --stage distill-tvdpp --out my-draft --dtype bfloat16
   jaxdraft export --untrained --target TARGET_FOLDER --shape 50M --out try-me
@@ -119,11 +118,14 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("evaluation"), help="gets results.json and samples.jsonl (default: evaluation)"
     )
 
-    sample = verb("sample", _sample, "write text, the draft's accepted tokens coloured, and the speed", SAMPLE_EXAMPLE)
+    sample = verb(
+        "sample", run_sample, "write text, the draft's accepted tokens coloured, and the speed", SAMPLE_EXAMPLE
+    )
     _add_pair(sample, draft_required=False)
-    sample.add_argument("--prompt", required=True, help="text to continue")
     sample.add_argument("--block-size", type=_positive, default=5, help="draft tokens per block (default: 5)")
     _add_decoding(sample)
+    _add_speculation(sample)
+    add_sample(sample)
 
     export = verb("export", _export, "write a stage's model as a Hugging Face folder", EXPORT_EXAMPLE)
     export.add_argument("--run", help="a run directory: a path, or gs://…")
@@ -182,8 +184,25 @@ def _add_pair(parser: argparse.ArgumentParser, draft_required: bool) -> None:
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, everything)")
+    parser.add_argument("--top-k", type=_count, default=0, help="most likely tokens kept (default: 0, every one)")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, help="per prompt (default: 128)")
     parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
+
+
+def _add_speculation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verification", choices=("token", "block"), default="token", help="of a draft's tokens (default: token)"
+    )
+    parser.add_argument(
+        "--drafting", choices=("sampled", "greedy"), default="sampled", help="how it proposes (default: sampled)"
+    )
+    parser.add_argument(
+        "--stop-below",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="end a block after a draft token that the draft gave less probability (default: 0, never)",
+    )
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
@@ -228,22 +247,6 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
         out=options.out,
-    )
-
-
-def _sample(options: argparse.Namespace, command: list[str]) -> None:
-    from jaxdraft.evaluate.command import sample
-    from jaxdraft.models.hub import model_folder
-
-    sample(
-        target=model_folder(options.target),
-        draft=None if options.draft is None else model_folder(options.draft),
-        prompt=options.prompt,
-        block_size=options.block_size,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
     )
 
 
@@ -343,6 +346,12 @@ def _range(text: str) -> tuple[int, int]:
 def _seed(text: str) -> int:
     if not text.isdigit() or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"{text!r}: write a whole number from 0 to 2**31 - 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 0")
     return int(text)
 
 

@@ -62,8 +62,9 @@ MAY_IMPORT = {
     | {"context", "data_stages", "export", "generation", "prepare", "probe", "recipe", "settings", "stored_targets"},
     "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
+    "cli_sample": BELOW_STAGES,
     "cli": BELOW_STAGES
-    | {"__init__", "check", "export", "home", "inspect", "inspect_rows", "plan", "recipe_file", "run"},
+    | {"__init__", "check", "cli_sample", "export", "home", "inspect", "inspect_rows", "plan", "recipe_file", "run"},
 }
 
 
