@@ -34,10 +34,13 @@ class Progress(NamedTuple):
 
 
 def compile_live(writer: Writer, batch: PromptBatch, seed: int, greedy: bool) -> float:
-    """Runs a batch of ``write_live``'s shapes that is full from the start; returns the seconds, of compiling mostly."""
+    """Reads a prompt and takes one step, as ``write_live`` will; returns the seconds, of compiling mostly.
+
+    A step, because the first one of a program is slower than others by more than what compiling takes.
+    """
     begin, write = calls(writer, batch, seed, greedy)
     with jax.set_mesh(writer.mesh):
-        return clock(lambda: write(begin(end_B=batch.length_B), most=1))[1]
+        return clock(lambda: write(begin(end_B=batch.end_B), most=1))[1]
 
 
 def write_live(writer: Writer, batch: PromptBatch, seed: int, greedy: bool) -> Iterator[Progress]:

@@ -20,10 +20,10 @@ from jaxdraft.decode.live import Progress, compile_live, write_live
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.command import shared_tokenizer
 from jaxdraft.evaluate.measure import Model, run_is_exact
-from jaxdraft.evaluate.terminal import DRAFTED, HEADING, PROMPT, REFUSED, Fragments, Screen, waiting
+from jaxdraft.evaluate.terminal import DRAFTED, FAINT, HEADING, REFUSED, Fragments, Screen, waiting
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
 
-_BAR = 32
+_BAR = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _NAMES = {Alone: "target alone", WithDraft: "with the draft"}
 
@@ -136,6 +136,7 @@ def _ask() -> str | None:
     """The next line that is not empty; ``None`` at the end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones come back
+    print(file=sys.stderr)
     try:
         while not (line := input("> ").strip()):
             pass
@@ -181,7 +182,7 @@ class Demonstration:
 
     def ready(self) -> None:
         """Compiles for short prompts, before one is asked for."""
-        self._compile(self._batch([0]))
+        self._compile(self._batch([0, 0]))
 
     def show(self, prompt: Sequence[int], before: str) -> str:
         """Writes after a prompt, with what is shown before the answer; returns the answer.
@@ -196,7 +197,7 @@ class Demonstration:
             if len(self._writers) > 1 and self._text.is_watched:
                 self._head(writer)
             show = self._text.write if is_last or self._text.is_watched else lambda *_: None
-            show(before, PROMPT)
+            show(before, FAINT)
             done.append(self._write(writer, batch, prompt, show))
         self._say(done, compiling)
         return self._tokenizer.continuation(prompt, done[-1].result.tokens)
@@ -217,6 +218,9 @@ class Demonstration:
         """Compiles for a batch's bucket where that is new; returns the seconds."""
         if batch.bucket in self._compiled:
             return 0.0
+        for writer in self._writers:
+            if isinstance(writer, WithDraft):
+                writer.warn_of_length(int(batch.end_B[0]))
         with waiting(f"compiling for prompts of up to {batch.bucket} tokens"):
             seconds = sum(compile_live(writer, batch, **self._how) for writer in self._writers)
         self._compiled.add(batch.bucket)
@@ -258,24 +262,23 @@ class Demonstration:
             say(f"{_NAMES[type(writer)]:<16}")
             if self._notes.is_watched and len(rates) > 1:
                 say(_bar(rate / max(rates)), DRAFTED if isinstance(writer, WithDraft) else "")
-            say(f"{rate:10,.1f} tokens/s")
+            say(f"{rate:10,.1f} tokens/s {done[number].decode:8.3f} s")
             if number:
-                say(f"   {rate / rates[0]:.2f} times as fast", HEADING)
+                say(f"   {rate / rates[0]:.2f}×", HEADING)
             say("\n")
-        last = done[-1].result
+        last, facts = done[-1].result, []
         if isinstance(self._writers[-1], WithDraft):
-            tokens, blocks, complete = len(last.tokens), len(last.accepted), len(last.complete)
-            drafted = sum(last.drafted[:complete])
-            accepted = f"{sum(last.complete) / drafted:.0%}" if drafted else "none"
-            say(f"{tokens} tokens in {blocks} runs of the target: {tokens / blocks:.2f} a run, ")
-            say(f"{accepted} of the draft's tokens accepted\n")
+            tokens, blocks = len(last.tokens), len(last.accepted)
+            facts.append(f"{tokens} tokens in {blocks} runs of the target, {tokens / blocks:.2f} a run")
+            if proposed := sum(last.drafted[: len(last.complete)]):
+                facts[-1] += f"; {sum(last.complete) / proposed:.0%} of the draft's tokens accepted"
         if len(done) > 1 and self._how["greedy"]:
             same = last.tokens == done[0].result.tokens
             rounding = "" if run_is_exact(self._target) else ", as bfloat16 rounds differently for other shapes"
-            say("the same text, token for token\n" if same else f"not the same text{rounding}\n")
-        spent = {"prompt read in": [each.prefill for each in done], "written in": [each.decode for each in done]}
-        say(", ".join(f"{what} {' and '.join(f'{x:.3f}' for x in seconds)} s" for what, seconds in spent.items()))
-        say(f", compiled before in {compiling:.1f} s\n" if compiling else "\n")
+            facts.append("the same text, token for token" if same else f"not the same text{rounding}")
+        compiled = f", compiled in {compiling:.1f} s" if compiling else ""
+        facts.append(f"before: prompt read in {done[-1].prefill:.3f} s{compiled}")
+        say("\n".join(facts) + "\n", FAINT)
 
 
 def _bar(share: float) -> str:

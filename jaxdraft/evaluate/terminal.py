@@ -10,7 +10,7 @@ from typing import TextIO
 
 from jaxdraft.tokenizers import Tokenizer
 
-PROMPT, DRAFTED, REFUSED, HEADING = "2", "32", "9;31", "1"
+FAINT, DRAFTED, REFUSED, HEADING = "2", "32", "9;31", "1"
 """Faint, green, red and struck out, bold: parameters of the escape sequence ESC [ … m."""
 
 _WINDOW = 16
