@@ -17,29 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxdraft.decode import agreement
+from jaxdraft.decode.drafting import propose
 from jaxdraft.decode.driver import NO_LIMIT, all_finite, bounds, on_rows, with_room, write_on
 from jaxdraft.decode.generate import prefill
-from jaxdraft.decode.rules import Speculation, verify, verify_equal
-from jaxdraft.decode.sampling import (
-    ACCEPT,
-    PROPOSE,
-    REPLACE,
-    SAMPLE,
-    Draws,
-    Sampling,
-    draw,
-    gumbel_argmax,
-    gumbels,
-    is_any,
-    position_keys,
-    probabilities,
-    row_keys,
-    uniforms,
-)
+from jaxdraft.decode.rules import Speculation
+from jaxdraft.decode.sampling import Draws, Sampling, is_any
 from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
+from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
 from jaxdraft.sharding import mesh_of
 
 logger = logging.getLogger(__name__)
@@ -87,7 +74,8 @@ class WithDraft:
       keep: of the target's distributions.
 
     Raises:
-      ConfigError: a value is out of range, the vocabularies differ, or the target has a draft vocabulary.
+      ConfigError: the vocabularies differ, the target has a draft vocabulary, or block verification is to be
+        drafter-invariant.
     """
 
     target_decoder: Decoder
@@ -102,6 +90,8 @@ class WithDraft:
     def __post_init__(self):
         target, draft = self.target_decoder.config, self.draft_decoder.config
         target.check_target()
+        if self.drafter_invariant and self.speculation.verification != "token":
+            raise ConfigError("drafter_invariant text is verified token by token: leave verification at 'token'")
         if draft.vocabulary != target.vocabulary:
             raise ConfigError(
                 f"the draft's vocabulary has {draft.vocabulary} rows, the target's {target.vocabulary}: "
@@ -147,13 +137,6 @@ class WithDraft:
             keep=self.keep,
             **bounds(floor, most),
         )
-
-
-class _Keys(NamedTuple):
-    sample_B: jax.Array
-    propose_B: jax.Array
-    accept_B: jax.Array
-    replace_B: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("target_decoder", "draft_decoder", "size", "block_size", "keep"))
@@ -205,57 +188,33 @@ def write_in_blocks(
 ):
     """Goes on with a ``WrittenInBlocks`` until at most ``floor`` rows are live, or for ``most`` blocks.
 
-    Greedy without ``sampling`` and ``draws``. Sampled, drafts stand by the rule of ``verify``; or, drafter-invariant,
-    while they equal what the target draws with the noise of ``generate.write``, which the draft draws with too.
+    Greedy without ``sampling`` and ``draws``. Sampled, drafts stand by the rule of ``verify`` or ``verify_block``; or,
+    drafter-invariant, while they equal what the target draws with the noise of ``generate.write``, which the draft
+    draws with too.
     """
-    target_head_DV = head_weight(target_decoder.config, target_params)
-    draft_head_DR = head_weight(draft_decoder.config, draft_params)
-    keys: Any = None
-    if draws is not None:
-        purposes = SAMPLE, PROPOSE, ACCEPT, REPLACE
-        keys = _Keys(*(row_keys(draws.seed, purpose, draws.example_ids_B) for purpose in purposes))
+    target, draft = target_decoder.config, draft_decoder.config
+    target_head_DV, draft_head_DR = head_weight(target, target_params), head_weight(draft, draft_params)
+    keys: Any = None if draws is None else agreement.keys_of(draws)
     G, nowhere = speculation.block_size, slots(state.target_cache)
     rows_B1, order_K = jnp.arange(state.tokens_BS.shape[0])[:, None], jnp.arange(G + 1)
 
-    def propose(state, live_B, noise_BKV):
-        n_B = state.length_B
+    def agreed(length_B):
+        if sampling is None:
+            return agreement.greedy(draft)
+        if drafter_invariant:
+            return agreement.drafter_invariant(draft, speculation, sampling, keys, length_B, target.vocabulary)
+        return agreement.sampled(draft, speculation, sampling, keys, length_B)
 
-        def step(carry, tokens_BT, positions_BT, i):
-            cache, finite_B = carry
-            slots_BT = jnp.where(live_B[:, None], positions_BT, nowhere)
-            hidden_BTD, cache = draft_decoder.apply({"params": draft_params}, tokens_BT, slots_BT, cache=cache)
-            logits_BR = logits(hidden_BTD[:, -1:], draft_head_DR)[:, 0]
-            finite_B &= ~live_B | all_finite(logits_BR)
-            if sampling is None:
-                best_B = jnp.argmax(logits_BR, axis=-1).astype(jnp.int32)
-                return (cache, finite_B), (token_ids(draft_decoder.config, best_B), None)
-            probs_BR = probabilities(logits_BR, sampling)
-            probs_BV = widen(draft_decoder.config, probs_BR)
-            if noise_BKV is not None:
-                return (cache, finite_B), (gumbel_argmax(probs_BV, noise_BKV[:, i]), None)
-            drawn_B = token_ids(draft_decoder.config, draw(position_keys(keys.propose_B, n_B + i), probs_BR))
-            return (cache, finite_B), (drawn_B, probs_BV)
-
-        def next_step(carry, i):
-            carry, last_B = carry
-            carry, drawn = step(carry, last_B[:, None], (n_B + i - 1)[:, None], i)
-            return (carry, drawn[0]), drawn
-
-        # The first step reads the last two tokens: after a block accepted in full the cache lacks the first of them.
-        positions_B2 = jnp.stack([jnp.maximum(n_B - 2, 0), n_B - 1], axis=1)
-        carry = state.draft_cache, state.draft_finite_B
-        carry, first = step(carry, state.tokens_BS[rows_B1, positions_B2], positions_B2, 0)
-        (carry, _), others = jax.lax.scan(next_step, (carry, first[0]), jnp.arange(1, G))
-        drawn = jax.tree.map(lambda x, xs: jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1), first, others)
-        return *drawn, *carry
+    def read(tokens_BT, slots_BT, cache):
+        hidden_BTD, cache = draft_decoder.apply({"params": draft_params}, tokens_BT, slots_BT, cache=cache)
+        return logits(hidden_BTD[:, -1:], draft_head_DR)[:, 0], cache
 
     def block(state: WrittenInBlocks) -> WrittenInBlocks:
         n_B, live_B = state.length_B, state.length_B < state.end_B
-        noise_BKV = None
-        if drafter_invariant and sampling is not None:
-            noise = lambda i: gumbels(position_keys(keys.sample_B, n_B + i), target_decoder.config.vocabulary)
-            noise_BKV = jax.vmap(noise, out_axes=1)(order_K)
-        drafts_BG, draft_probs_BGV, draft_cache, draft_finite_B = propose(state, live_B, noise_BKV)
+        choose, settle = agreed(n_B)
+        texts = state.tokens_BS, n_B, live_B
+        drafts = propose(draft, speculation, read, choose, *texts, state.draft_cache, state.draft_finite_B)
+        drafts_BG, drafted_B = drafts.tokens_BG, drafts.count_B
 
         last_B1 = state.tokens_BS[rows_B1, n_B[:, None] - 1]
         slots_BK = jnp.where(live_B[:, None], n_B[:, None] - 1 + order_K, nowhere)
@@ -263,20 +222,12 @@ def write_in_blocks(
             {"params": target_params}, jnp.concatenate([last_B1, drafts_BG], 1), slots_BK, cache=state.target_cache
         )
         logits_BKV = logits(hidden_BKD, target_head_DV)
-        if sampling is None:
-            accepted_B, next_B = verify_equal(drafts_BG, jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32))
-        elif noise_BKV is not None:
-            own_BK = gumbel_argmax(probabilities(logits_BKV, sampling), noise_BKV)
-            accepted_B, next_B = verify_equal(drafts_BG, own_BK)
-        else:
-            u_BG = uniforms(keys.accept_B, n_B[:, None] + jnp.arange(G))
-            target_probs_BKV = probabilities(logits_BKV, sampling)
-            accepted_B, next_probs_BV = verify(drafts_BG, draft_probs_BGV, target_probs_BKV, u_BG)
-            next_B = draw(position_keys(keys.replace_B, n_B + accepted_B), next_probs_BV)
+        accepted_B, next_B = settle(drafts, logits_BKV)
 
         count_B = accepted_B + 1
-        rejected_B = jnp.pad(drafts_BG, ((0, 0), (0, 1)), constant_values=-1)[rows_B1[:, 0], accepted_B]
-        emitted_BK = jnp.where(order_K < accepted_B[:, None], jnp.pad(drafts_BG, ((0, 0), (0, 1))), next_B[:, None])
+        padded_BK = jnp.pad(drafts_BG, ((0, 0), (0, 1)))
+        rejected_B = jnp.where(accepted_B < drafted_B, padded_BK[rows_B1[:, 0], accepted_B], -1)
+        emitted_BK = jnp.where(order_K < accepted_B[:, None], padded_BK, next_B[:, None])
         ends_BK = is_any(emitted_BK, eos_E) & (order_K < count_B[:, None])
         until_end_B = jnp.where(jnp.any(ends_BK, axis=1), jnp.argmax(ends_BK, axis=1) + 1, count_B)
         kept_B = jnp.where(live_B, jnp.minimum(until_end_B, state.end_B - n_B), 0)
@@ -290,14 +241,14 @@ def write_in_blocks(
             length_B=length_B,
             end_B=jnp.where(jnp.any(ends_BK & kept_BK, axis=1), length_B, state.end_B),
             target_cache=target_cache,
-            draft_cache=draft_cache,
-            drafted_BN=record(state.drafted_BN, jnp.full_like(n_B, G)),
+            draft_cache=drafts.cache,
+            drafted_BN=record(state.drafted_BN, drafted_B),
             accepted_BN=record(state.accepted_BN, accepted_B),
             rejected_BN=record(state.rejected_BN, rejected_B),
             blocks_B=state.blocks_B + live_B,
             cut_B=jnp.where(live_B, kept_B < count_B, state.cut_B),
             target_finite_B=state.target_finite_B & (~live_B | jnp.all(all_finite(logits_BKV), axis=1)),
-            draft_finite_B=draft_finite_B,
+            draft_finite_B=drafts.finite_B,
             scores=keep_scores(state.scores, keep, logits_BKV, emitted_BK, jnp.where(kept_BK, slots_BK, nowhere)),
         )
 

@@ -2,7 +2,8 @@
 
 Given text x that the target wrote, speculative decoding behaves as if each draft position it reaches were accepted
 independently with probability a_j = min(1, p(x_j) / q(x_j)), p the draft's and q the target's distribution. The
-expected number of blocks follows from a small dynamic program, for every block size from the same a_j.
+expected number of blocks follows from a small dynamic program, for every block size from the same a_j. The other ways
+to speculate have formulas like it, given at ``expected_blocks``; only drafter-invariant text has none.
 
 Shapes: B batch, T tokens, N new tokens, C positions of a chunk, D hidden, V vocabulary.
 """
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft.decode.batching import per_prompt
+from jaxdraft.decode.rules import Speculation, Verification
 from jaxdraft.decode.sampling import Sampling, probabilities
 from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
@@ -31,12 +33,27 @@ class Acceptance(NamedTuple):
     """One prompt's answer, seen by both models.
 
     Attributes:
-      accept_N: a_j of every token, float64; 0 or 1 where the temperature is 0.
+      ratio_N: p(x_j) / q(x_j) of every token, float64; 0 or 1 where the temperature is 0.
       overlap_N: Σ min(p, q) = 1 - TVD at every position, float64.
+      likeliest_N: whether x_j is the draft's most likely token, which a greedy draft proposes.
+      sure_N: what the draft's softmax, of temperature 1, gives x_j, which ``stop_below`` is compared with.
     """
 
-    accept_N: np.ndarray
+    ratio_N: np.ndarray
     overlap_N: np.ndarray
+    likeliest_N: np.ndarray
+    sure_N: np.ndarray
+
+    @property
+    def accept_N(self) -> np.ndarray:
+        """a_j of every token."""
+        return np.minimum(self.ratio_N, 1)
+
+    def expected_blocks(self, speculation: Speculation) -> float:
+        """Expected number of blocks that write the answer, exact for every ``Speculation``."""
+        ratio_N = self.likeliest_N if speculation.drafting == "greedy" else self.ratio_N
+        last_N = self.sure_N < speculation.stop_below
+        return expected_blocks(ratio_N, speculation.block_size, speculation.verification, last_N)
 
 
 def acceptance_ratios(
@@ -86,7 +103,10 @@ def acceptance_ratios(
         max_new_tokens,
         batch_size,
     )
-    return [Acceptance(acceptance(p_N, q_N), overlap_N) for p_N, q_N, overlap_N in found]
+    return [
+        Acceptance(_ratio(p_N, q_N), overlap_N, likeliest_N == 1, sure_N)
+        for p_N, q_N, likeliest_N, sure_N, overlap_N in found
+    ]
 
 
 def token_probabilities(
@@ -130,7 +150,11 @@ def token_probabilities(
 
 def acceptance(p_N: np.ndarray, q_N: np.ndarray) -> np.ndarray:
     """a_j = min(1, p(x_j) / q(x_j)); 1 where rounding left nothing of q."""
-    return np.divide(p_N, q_N, out=np.ones_like(q_N), where=p_N < q_N)
+    return np.minimum(_ratio(p_N, q_N), 1)
+
+
+def _ratio(p_N: np.ndarray, q_N: np.ndarray) -> np.ndarray:
+    return np.divide(p_N, q_N, out=np.ones_like(q_N), where=q_N > 0)
 
 
 def _teacher_forced(
@@ -206,15 +230,18 @@ def _chosen(sampling, labels_BC, model):
 
 
 def _compare(sampling, labels_BC, target, draft):
-    """``p(x_j)``, ``q(x_j)`` and ``Σ min(p, q)``; greedy text is the target's most likely, so q is 1."""
+    """p(x_j), q(x_j), what else ``Acceptance`` has of p, and Σ min(p, q); greedy text is the target's most likely, so
+    that q is 1."""
     (target_config, q_BCV), (draft_config, p_BCV) = target, draft
     nan_BC = _nan_where_broken(q_BCV) + _nan_where_broken(p_BCV)
+    guess_BC = _likeliest(draft_config, p_BCV)
+    of_draft = guess_BC == labels_BC, _at(widen(draft_config, jax.nn.softmax(p_BCV, axis=-1)), labels_BC)
     if sampling is None:
-        guess_BC = _likeliest(draft_config, p_BCV)
         agree_BC = guess_BC == _likeliest(target_config, q_BCV)
-        return guess_BC == labels_BC, jnp.ones(labels_BC.shape), agree_BC + nan_BC
+        return of_draft[0], jnp.ones(labels_BC.shape), *of_draft, agree_BC + nan_BC
     q_BCV, p_BCV = probabilities(q_BCV, sampling), widen(draft_config, probabilities(p_BCV, sampling))
-    return _at(p_BCV, labels_BC), _at(q_BCV, labels_BC), jnp.sum(jnp.minimum(p_BCV, q_BCV), axis=-1) + nan_BC
+    overlap_BC = jnp.sum(jnp.minimum(p_BCV, q_BCV), axis=-1)
+    return _at(p_BCV, labels_BC), _at(q_BCV, labels_BC), *of_draft, overlap_BC + nan_BC
 
 
 def _likeliest(config, logits_BCV):
@@ -229,21 +256,33 @@ def _nan_where_broken(logits_BCV):
     return jnp.where(jnp.isfinite(jnp.max(logits_BCV, axis=-1)), 0.0, jnp.nan)
 
 
-def expected_blocks(accept_N: np.ndarray, block_size: int) -> float:
+def expected_blocks(
+    ratio_N: np.ndarray, block_size: int, verification: Verification = "token", last_N: np.ndarray | None = None
+) -> float:
     """Expected number of blocks that write one answer; at temperature 0 exactly the loop's count.
 
     Position t starts a block with probability s_t: s_0 = 1, and a block started at t ends after i drafts, with
-    probability r_i - r_{i+1} (r_G for i = G), where r_i = Π_{j<=i} a_{t+j-1}, and starts the next one at t + i + 1.
+    probability r_i - r_{i+1} (r_G for i = G), and starts the next one at t + i + 1. Verified token by token,
+    r_i = Π_{j<=i} a_{t+j-1}; as a block, r_i = min over k <= i of min(1, Π_{j<=k} p/q), for the i tokens pass with
+    probability Pᵢ where the draft wrote them (``verify_block``). Past a token that the draft stops at, r is 0. A greedy
+    draft's tokens stand where the text has them, so that the ratios are 0 and 1.
 
     Args:
-      accept_N: a_j of each token.
+      ratio_N: p(x_j) / q(x_j) of each token; cut at 1 it will do too where tokens are verified one by one.
       block_size: draft tokens per block, G.
+      verification: as of ``Speculation``.
+      last_N: the tokens that a draft stops at; ``None`` is none of them.
     """
-    count = len(accept_N)
+    count = len(ratio_N)
     start = np.zeros(count + block_size + 1)
     start[0] = 1.0
     for t in range(count):
-        reach = np.cumprod(np.concatenate([[1.0], accept_N[t : t + block_size], [0.0]]))
+        ratio = np.asarray(ratio_N[t : t + block_size], np.float64)
+        products = np.cumprod(np.minimum(ratio, 1) if verification == "token" else ratio)
+        reach = np.minimum.accumulate(np.minimum(products, 1))
+        if last_N is not None:
+            reach[1:] *= np.cumprod(~last_N[t : t + len(reach) - 1])
+        reach = np.concatenate([[1.0], reach, [0.0]])
         start[t + 1 : t + len(reach)] += start[t] * (reach[:-1] - reach[1:])
     return float(start[:count].sum())
 

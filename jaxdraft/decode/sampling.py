@@ -22,8 +22,6 @@ ACCEPT = 1003
 REPLACE = 1004
 """Purpose of the key that draws the token after the accepted ones: from the residual, or the bonus token."""
 
-_BISECTIONS = 30  # bit patterns of floats in [0, 1] span less than 2**30
-
 
 class Sampling(NamedTuple):
     """How each row is sampled. ``None`` in place of a ``Sampling`` means greedy decoding of all rows.
@@ -45,7 +43,7 @@ def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
     Top-k keeps the ``top_k`` most likely tokens (Fan et al., arXiv 1805.04833), top-p the smallest set of most likely
     ones of these whose share of their mass reaches ``top_p`` (Holtzman et al., arXiv 1904.09751); tokens as likely as
     the last one kept are all kept. The thresholds are found by bisection on the bit patterns of the floats, which order
-    like the floats themselves: 30 masked sums in place of a sort, and exact.
+    like the floats themselves: some 30 masked sums in place of a sort, and exact.
 
     Args:
       logits: ``[B, V]`` or ``[B, T, V]``, float32.
@@ -65,36 +63,41 @@ def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 def _keep_likely(probs: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
     """``probs`` with the unlikely ones 0, renormalised."""
+    total = lambda x: jnp.sum(x, axis=-1, keepdims=True)
+    count = lambda kept: total(jnp.where(kept, 1.0, 0.0))
+    mass = lambda kept: total(jnp.where(kept, probs, 0.0))
     zero = jnp.zeros_like(probs[..., :1])
-    whole = zero, zero + 1
 
-    def keep_top_k():
-        threshold = _largest(lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= top_k, probs, zero)
-        threshold = jnp.where(top_k > 0, threshold, 0.0)
-        return threshold, jnp.sum(jnp.where(probs >= threshold, probs, 0.0), axis=-1, keepdims=True)
+    def of_top_k():
+        return jnp.where(top_k > 0, _threshold(lambda kept: count(kept) - top_k, probs, zero), zero)
 
-    def keep_top_p():
-        enough = lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1, keepdims=True) >= top_p * mass
-        return jnp.where(top_p < 1, _largest(enough, probs, threshold), threshold)
+    def of_top_p():
+        needed = top_p * jnp.where(top_k > 0, mass(probs >= floor), 1.0)
+        return jnp.where(top_p < 1, _threshold(lambda kept: mass(kept) - needed, probs, floor), floor)
 
-    threshold, mass = jax.lax.cond(jnp.any(top_k > 0), keep_top_k, lambda: whole)
-    threshold = jax.lax.cond(jnp.any(top_p < 1), keep_top_p, lambda: threshold)
+    floor = jax.lax.cond(jnp.any(top_k > 0), of_top_k, lambda: zero)
+    threshold = jax.lax.cond(jnp.any(top_p < 1), of_top_p, lambda: floor)
     kept = jnp.where(probs >= threshold, probs, 0.0)
-    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+    return kept / total(kept)
 
 
-def _largest(enough: Callable[[jax.Array], jax.Array], probs: jax.Array, low: jax.Array) -> jax.Array:
-    """Each row's largest threshold from ``low`` on for which ``enough(probs >= threshold)``, ``[…, 1]``."""
+def _threshold(excess: Callable[[jax.Array], jax.Array], probs: jax.Array, low: jax.Array) -> jax.Array:
+    """Each row's largest threshold from ``low`` on for which ``excess(probs >= threshold)`` is not negative.
 
-    def halve(_, bounds):
+    One for which it is 0 is as good. ``low`` where there is none.
+    """
+
+    def halve(bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        found = enough(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32))
-        return jnp.where(found, middle, low), jnp.where(found, high, middle)
+        found = excess(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32))
+        low = jnp.where(found >= 0, middle, low)
+        return low, jnp.where(found > 0, high, jnp.where(found < 0, middle, low))
 
     above = jax.lax.bitcast_convert_type(jnp.max(probs, axis=-1, keepdims=True), jnp.int32) + 1
     bounds = jax.lax.bitcast_convert_type(low, jnp.int32), above
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, _BISECTIONS, halve, bounds)[0], jnp.float32)
+    low, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[1] - bounds[0] > 1), halve, bounds)
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
 def draw(keys_B: jax.Array, probs_BV: jax.Array) -> jax.Array:
@@ -119,7 +122,7 @@ class Draws(NamedTuple):
     example_ids_B: jax.Array | np.ndarray
 
 
-def row_keys(seed: int | jax.Array, purpose: int, example_ids_B: jax.Array | np.ndarray) -> jax.Array:
+def row_keys(seed: int | np.integer | jax.Array, purpose: int, example_ids_B: jax.Array | np.ndarray) -> jax.Array:
     """``keys[B]``, one per example: ``fold_in(fold_in(key(seed), purpose), example id)``.
 
     Threefry whatever the default is: keys of the ``rbg`` kind give other numbers under ``vmap``.

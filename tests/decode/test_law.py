@@ -3,23 +3,30 @@
 import dataclasses
 import itertools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from jaxdraft.decode import Speculation, blocks, generate_batches, speculative_batches
+from jaxdraft.decode import Sampling, Speculation, agreement, blocks, rules
+from jaxdraft.decode.blocks import WithDraft
+from jaxdraft.decode.generate import Alone
+from jaxdraft.decode.sampling import Draws
 from jaxdraft.models import Decoder, ModelConfig, for_decoding
+from tests.decode import mistakes
 
-V, NEW, DRAWS, ROWS = 4, 3, 200_000, 50_000
+V, NEW, DRAWS, ROWS = 4, 3, 200_000, 20_000
 PROMPT = [1, 3, 0]
-HOW = {
-    "max_new_tokens": NEW,
-    "temperature": 0.9,
-    "top_p": 0.9,
-    "batch_size": ROWS,
-    "eos_ids": (),
+SAMPLINGS = {
+    "whole": {"temperature": 0.9},
+    "top-p": {"temperature": 0.9, "top_p": 0.9},
+    "top-k": {"temperature": 1.3, "top_k": 2},
+    "top-k and top-p": {"temperature": 1.1, "top_k": 3, "top_p": 0.8},
 }
+TOKEN = Speculation(2)
+BLOCK = Speculation(2, verification="block")
+GREEDY = Speculation(2, drafting="greedy")
+ADAPTIVE = Speculation(2, stop_below=0.28)
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +39,47 @@ def models(lively_params):
 
 @pytest.fixture(scope="module")
 def law(models, plain_forward):
-    """Probability of every ``NEW`` tokens after the prompt under the target, without cache or sampling code."""
+    """``law(sampling)``: probability of every ``NEW`` tokens after the prompt, without cache or sampling code."""
     texts = np.asarray(list(itertools.product(range(V), repeat=NEW)))
     tokens = np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1)
-    logits = np.asarray(plain_forward(*models[:2], tokens), np.float64)[:, len(PROMPT) - 1 : -1] / HOW["temperature"]
-    probs = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    ordered = -np.sort(-probs, axis=-1)
-    kept = np.argmax(np.cumsum(ordered, axis=-1) >= HOW["top_p"], axis=-1)
-    probs = np.where(probs >= np.take_along_axis(ordered, kept[..., None], axis=-1), probs, 0)
-    probs /= probs.sum(axis=-1, keepdims=True)
-    assert (probs == 0).any()
-    return np.take_along_axis(probs, texts[..., None], axis=-1)[..., 0].prod(axis=1)
+    logits = np.asarray(plain_forward(*models[:2], tokens), np.float64)[:, len(PROMPT) - 1 : -1]
+
+    def of(temperature, top_p=1.0, top_k=V):
+        probs = np.exp(logits / temperature)
+        ordered = -np.sort(-probs, axis=-1)[..., :top_k]
+        mass = np.cumsum(ordered, axis=-1) / ordered.sum(axis=-1, keepdims=True)
+        last = np.minimum((mass < top_p).sum(axis=-1, keepdims=True), top_k - 1)
+        probs = np.where(probs >= np.take_along_axis(ordered, last, axis=-1), probs, 0)
+        probs /= probs.sum(axis=-1, keepdims=True)
+        assert (probs == 0).any() == (top_p < 1 or top_k < V)
+        return np.take_along_axis(probs, texts[..., None], axis=-1)[..., 0].prod(axis=1)
+
+    return of
+
+
+def write(writer, temperature, top_p=1.0, top_k=0):
+    """``NEW`` tokens after the prompt, ``DRAWS`` times, and the last state."""
+    every = lambda value, kind: np.full(ROWS, value, kind)
+    sampling = Sampling(every(temperature, np.float32), every(top_p, np.float32), every(top_k, np.int32))
+    size = len(PROMPT) + NEW
+    prompts = np.tile(np.asarray(PROMPT, np.int32), (ROWS, 1))
+    answers = []
+    with jax.set_mesh(writer.mesh):
+        for first in range(0, DRAWS, ROWS):
+            state = writer.start(prompts, every(len(PROMPT), np.int32), every(size, np.int32), size)
+            draws = Draws(np.int32(0), np.arange(first, first + ROWS, dtype=np.uint32))
+            state = writer.write(state, sampling, draws)
+            answers.append(np.asarray(state.tokens_BS)[:, len(PROMPT) :])
+    return np.concatenate(answers), state
+
+
+def speculate(models, speculation, sampling):
+    return write(WithDraft(*models, speculation, np.zeros(0, np.int32)), **SAMPLINGS[sampling])
 
 
 def pvalue(answers, law):
     """χ² of the counts of every text against its expected count; 0 where the impossible happened."""
-    codes = np.asarray(answers) @ (V ** np.arange(NEW)[::-1])
+    codes = answers @ (V ** np.arange(NEW)[::-1])
     counts, expected = np.bincount(codes, minlength=V**NEW), law * len(answers)
     if counts[expected == 0].any():
         return 0.0
@@ -57,70 +89,62 @@ def pvalue(answers, law):
     return chi2.sf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1)
 
 
-def speculate(models):
-    batches = speculative_batches(*models, [PROMPT] * DRAWS, speculation=Speculation(2), **HOW)
-    return [result.tokens for batch in batches for result in batch.results]
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_plain_sampling_follows_the_targets_law(sampling, models, law):
+    answers, _ = write(Alone(*models[:2], np.zeros(0, np.int32)), **SAMPLINGS[sampling])
+    assert pvalue(answers, law(**SAMPLINGS[sampling])) > 1e-6
 
 
-def test_plain_sampling_follows_the_targets_law(models, law):
-    answers = [t for batch in generate_batches(*models[:2], [PROMPT] * DRAWS, **HOW) for t in batch.tokens]
-    assert pvalue(answers, law) > 1e-6
-
-
-def test_speculative_sampling_follows_the_targets_law(models, law):
-    assert pvalue(speculate(models), law) > 1e-6
-
-
-def test_a_draft_that_knows_only_some_tokens_leaves_the_law_as_it_is(models, law):
-    target, target_params, draft, draft_params = models
-    narrow = Decoder(dataclasses.replace(draft.config, head_ids=(0, 3)), scan=False)
-    assert pvalue(speculate((target, target_params, narrow, draft_params)), law) > 1e-6
-
-
-verify, probabilities, prefill = blocks.verify, blocks.probabilities, blocks.prefill
-
-
-def swapped(drafts, p, q, u):
-    G = drafts.shape[1]
-    accepted, _ = verify(drafts, q[:, :G], jnp.concatenate([p, q[:, G:]], axis=1), u)
-    return accepted, verify(drafts, p, q, jnp.where(jnp.arange(G) < accepted[:, None], -1.0, 2.0))[1]
-
-
-def no_residual(drafts, p, q, u):
-    accepted, _ = verify(drafts, p, q, u)
-    return accepted, q[jnp.arange(len(drafts)), accepted]
-
-
-def bonus_from_draft(drafts, p, q, u):
-    accepted, following = verify(drafts, p, q, u)
-    return accepted, jnp.where(accepted[:, None] == drafts.shape[1], p[:, -1], following)
-
-
-def target_without_top_p(logits, sampling):
-    return probabilities(logits, sampling._replace(top_p_B=sampling.top_p_B ** (logits.ndim == 2)))
-
-
-MISTAKES = {
-    "acceptance inflated by 5 %": {"verify": lambda drafts, p, q, u: verify(drafts, p, q, u / 1.05)},
-    "ratio swapped": {"verify": swapped},
-    "residual skipped": {"verify": no_residual},
-    "bonus from the draft": {"verify": bonus_from_draft},
-    "target before top-p": {"probabilities": target_without_top_p},
-    "one key to propose and to accept": {"ACCEPT": blocks.PROPOSE},
-    "one key to propose and to replace": {"REPLACE": blocks.PROPOSE},
-    "cache off by one": {
-        "prefill": lambda decoder, params, tokens, n, end, size: prefill(decoder, params, tokens, n - 1, end, size)
-    },
+SPECULATIONS = {
+    "token by token": TOKEN,
+    "block verification": BLOCK,
+    "greedy drafting": GREEDY,
+    "adaptive": ADAPTIVE,
+    "all three": Speculation(3, "block", "greedy", 0.33),
+    "block verification, adaptive": Speculation(3, "block", stop_below=0.28),
 }
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("name", SPECULATIONS)
+def test_speculative_sampling_follows_the_targets_law(name, sampling, models, law):
+    speculation = SPECULATIONS[name]
+    answers, state = speculate(models, speculation, sampling)
+    assert pvalue(answers, law(**SAMPLINGS[sampling])) > 1e-6
+    drafted = {
+        count
+        for row, blocks in zip(state.drafted_BN.tolist(), state.blocks_B.tolist(), strict=True)
+        for count in row[:blocks]
+    }
+    assert (len(drafted) > 1) == (speculation.stop_below > 0)
+
+
+MISTAKES = {
+    **{name: (TOKEN, "top-p", {(agreement, "verify"): rule}) for name, rule in mistakes.TOKEN_RULE.items()},
+    **{name: (BLOCK, "top-p", {(agreement, "verify_block"): rule}) for name, rule in mistakes.BLOCK_RULE.items()},
+    "target before top-p": (TOKEN, "top-p", {(agreement, "probabilities"): mistakes.target_without(top_p_B=1)}),
+    "target before top-k": (TOKEN, "top-k", {(agreement, "probabilities"): mistakes.target_without(top_k_B=0)}),
+    "one key to propose and to accept": (TOKEN, "top-p", {(agreement, "ACCEPT"): agreement.PROPOSE}),
+    "one key to propose and to replace": (TOKEN, "top-p", {(agreement, "REPLACE"): agreement.PROPOSE}),
+    "cache off by one": (
+        TOKEN,
+        "top-p",
+        {(blocks, "prefill"): lambda *given: blocks_prefill(*given[:3], given[3] - 1, *given[4:])},
+    ),
+    "draws of one block used by the next": (TOKEN, "whole", {(agreement, "verify"): rules.verify_block}),
+    "greedy drafts verified as drawn ones": (GREEDY, "whole", {(agreement, "sampled"): mistakes.law_of_sampled_drafts}),
+    "the unsure token dropped": (ADAPTIVE, "whole", {(agreement, "sampled"): mistakes.unsure_token_dropped}),
+}
+blocks_prefill = blocks.prefill
 QUICK = ("cache off by one",)
 
 
 @pytest.mark.parametrize("mistake", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MISTAKES])
 def test_the_same_test_fails_for(mistake, models, law, monkeypatch):
-    for name, wrong in MISTAKES[mistake].items():
-        monkeypatch.setattr(blocks, name, wrong)
+    speculation, sampling, wrong = MISTAKES[mistake]
+    for (module, name), value in wrong.items():
+        monkeypatch.setattr(module, name, value)
     # Another config is another static argument: the mistake is traced, and no other test meets its program.
     config = dataclasses.replace(models[0].config, max_positions=100 + list(MISTAKES).index(mistake))
-    assert pvalue(speculate((Decoder(config, scan=False), *models[1:])), law) < 1e-6
+    answers, _ = speculate((Decoder(config, scan=False), *models[1:]), speculation, sampling)
+    assert pvalue(answers, law(**SAMPLINGS[sampling])) < 1e-6

@@ -42,6 +42,22 @@ def test_expected_blocks_is_the_mean_of_simulated_loops(block_size, count):
     assert expected_blocks(accept, block_size) == pytest.approx(np.mean(runs), abs=error)
 
 
+def test_expected_blocks_of_block_verification():
+    """By hand: a block started at 0 ends after 0 or 2 drafts, with 0.5 each. One started at 1 ends after 2 as a block,
+    whose products are 3 and 1.5; token by token after 1 or 2, whose a_j are 1 and 0.5."""
+    ratio = np.asarray([0.5, 3.0, 0.5, 2.0])
+    assert expected_blocks(ratio, 2, "block") == 1 + 0.5 + 0.5
+    assert expected_blocks(ratio, 2) == 1 + 0.5 + (0.5 + 0.25)
+
+
+def test_expected_blocks_of_a_draft_that_stops():
+    ones, every_third = np.ones(12), np.asarray([True, False, False] * 4)
+    assert expected_blocks(ones, 3, last_N=np.zeros(12, bool)) == 3
+    assert expected_blocks(ones, 3, last_N=np.ones(12, bool)) == 6
+    assert expected_blocks(ones, 3, last_N=every_third) == 5  # from 0, 2, 5, 8, 11
+    assert expected_blocks(np.zeros(12), 3, last_N=every_third) == 12
+
+
 def test_expected_blocks_of_certain_outcomes():
     assert expected_blocks(np.ones(12), 3) == 3
     assert expected_blocks(np.ones(13), 3) == 4
@@ -51,39 +67,61 @@ def test_expected_blocks_of_certain_outcomes():
     assert np.isnan(block_efficiency([], 3))
 
 
+@pytest.mark.parametrize("stop_below", [0, 0.5])
 @pytest.mark.parametrize("end", [(24,), (6,)])
-def test_greedy_counts_equal_the_loops(end, tiny, prompts):
-    results = speculative_generate(
-        *tiny.models, prompts, speculation=Speculation(4), max_new_tokens=LIMIT, batch_size=8, eos_ids=end
-    )
+def test_greedy_counts_equal_the_loops(end, stop_below, tiny, prompts):
+    speculation = Speculation(4, stop_below=stop_below)
+    how = {"max_new_tokens": LIMIT, "batch_size": 8, "eos_ids": end}
+    results = speculative_generate(*tiny.models, prompts, speculation=speculation, **how)
     ratios = acceptance_ratios(*tiny.models, prompts, [r.tokens for r in results])
     for result, ratio in zip(results, ratios, strict=True):
         assert set(ratio.accept_N.tolist()) <= {0, 1}
-        assert expected_blocks(ratio.accept_N, 4) == len(result.accepted)
+        assert ratio.expected_blocks(speculation) == len(result.accepted)
+        assert expected_blocks(ratio.accept_N, 4) <= len(result.accepted)
 
 
-def test_greedy_counts_equal_the_loops_on_real_models(stories):
-    prompts = [[1], [1, 403], [1, 410, 300, 280]]
+@pytest.mark.parametrize("stop_below", [0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_greedy_counts_equal_the_loops_on_real_models(stop_below, stories):
+    prompts, speculation = [[1], [1, 403], [1, 410, 300, 280]], Speculation(4, stop_below=stop_below)
     answers = generate(stories.target, stories.target_params, prompts, max_new_tokens=60, batch_size=3)
-    results = speculative_generate(
-        *stories.models, prompts, speculation=Speculation(4), max_new_tokens=60, batch_size=3
-    )
+    results = speculative_generate(*stories.models, prompts, speculation=speculation, max_new_tokens=60, batch_size=3)
     ratios = acceptance_ratios(*stories.models, prompts, answers)
-    assert [expected_blocks(r.accept_N, 4) for r in ratios] == [len(r.accepted) for r in results]
+    assert [r.expected_blocks(speculation) for r in ratios] == [len(r.accepted) for r in results]
 
 
-def test_sampled_block_efficiency_equals_the_loops(tiny):
-    count, how = 256, {"temperature": 0.8, "top_p": 0.9}
-    prompts = [[i % 24, i // 24] for i in range(count)]
-    settings = how | {"max_new_tokens": LIMIT, "batch_size": 8}
-    answers = generate(tiny.target, tiny.target_params, prompts, **settings)
-    results = speculative_generate(*tiny.models, prompts, speculation=Speculation(4), **settings)
-    ratios = acceptance_ratios(*tiny.models, prompts, answers, **how)
-    offline = np.asarray([expected_blocks(r.accept_N, 4) for r in ratios])
+SPECULATIONS = {
+    "token by token": Speculation(4),
+    "block verification": Speculation(4, verification="block"),
+    "greedy drafting": Speculation(4, drafting="greedy"),
+    "adaptive": Speculation(4, stop_below=0.4),
+    "block verification, adaptive": Speculation(4, verification="block", stop_below=0.4),
+    "all three": Speculation(4, "block", "greedy", 0.4),
+}
+QUICK = "token by token", "block verification, adaptive"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPECULATIONS])
+def test_sampled_counts_equal_the_loops(name, pair):
+    """Of each text that the loop wrote, the blocks it took, within three standard errors of those expected for it."""
+    speculation, how = SPECULATIONS[name], {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
+    prompts = [[i % 24, i // 24] for i in range(256)]
+    how["max_new_tokens"] = LIMIT
+    results = speculative_generate(*pair.models, prompts, speculation=speculation, batch_size=64, **how)
+    ratios = acceptance_ratios(*pair.models, prompts, [r.tokens for r in results], batch_size=64, **how)
+    offline = np.asarray([r.expected_blocks(speculation) for r in ratios])
     online = np.asarray([len(r.accepted) for r in results])
-    error = ((offline.var() + online.var()) / count) ** 0.5
-    assert error < 0.05 * online.mean()
-    assert abs(offline.mean() - online.mean()) < 3 * error
+    if speculation.drafting == "greedy":  # the text says it all
+        np.testing.assert_allclose(online, offline)
+    error = (online - offline).std() / len(prompts) ** 0.5
+    assert error < 0.02 * online.mean()
+    assert abs(np.mean(online - offline)) <= 3 * error
+    plain = np.mean([r.expected_blocks(Speculation(4)) for r in ratios])
+    assert (speculation == Speculation(4)) == (abs(offline.mean() - plain) <= 3 * error)
+
+
+@pytest.fixture(params=["tiny", pytest.param("stories", marks=pytest.mark.slow)])
+def pair(request):
+    return request.getfixturevalue(request.param)
 
 
 def test_overlap_and_acceptance_are_those_of_the_distributions(tiny, prompts, plain_forward):

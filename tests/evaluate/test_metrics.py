@@ -65,8 +65,8 @@ def test_what_cannot_be_said_is_null():
 
 def test_offline_figures_pool_over_prompts():
     seen = [
-        Acceptance(np.asarray([1.0, 1.0, 1.0, 0.0]), np.asarray([0.9, 0.8, 0.7, 0.2])),
-        Acceptance(np.asarray([0.0, 1.0]), np.asarray([0.5, 0.5])),
+        Acceptance(ratio_N=np.asarray(ratio), overlap_N=np.asarray(overlap), likeliest_N=None, sure_N=None)
+        for ratio, overlap in (([1.0, 1.0, 1.0, 0.0], [0.9, 0.8, 0.7, 0.2]), ([0.0, 1.0], [0.5, 0.5]))
     ]
     # γ = 2, greedy: blocks end after tokens 3 and 4 of the first answer, after tokens 1 and 2 of the second.
     assert metrics.offline_metrics([a.accept_N for a in seen], 2)["block_efficiency_offline"] == pytest.approx(6 / 4)
