@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxdraft import __version__
 from jaxdraft.arguments import checkpoints, integers, numbers, positive, seed, step_range, whole
+from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
 from jaxdraft.errors import ConfigError, Interrupted
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
@@ -33,8 +34,6 @@ EVALUATE_EXAMPLE = """examples:
 
 prompts.jsonl holds a line per prompt: {"prompt": "text"}, {"messages": [...]} or {"tokens": [...]}.
 The same command again does only what is missing; with other settings it adds to what is in --out."""
-SAMPLE_EXAMPLE = """example:
-  jaxdraft sample --target TARGET_FOLDER --draft DRAFT_FOLDER --prompt "Once upon a time" --block-size 5"""
 EXPORT_EXAMPLE = """examples:
   jaxdraft export --run runs/quickstart --stage distill-tvdpp --out my-draft --dtype bfloat16
   jaxdraft export --untrained --target TARGET_FOLDER --shape 50M --out try-me
@@ -147,15 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         help="also measure it, on a file or folder of text, wikitext-2 or wikitext-2=PATH",
     )
     evaluate.add_argument("--block-sizes", type=integers, default=(3, 5), metavar="3,5", help="γ (default: 3,5)")
-    evaluate.add_argument("--verification", choices=("token", "block"), default="token", help="rule (default: token)")
-    evaluate.add_argument(
-        "--drafting", choices=("sampled", "greedy"), default="sampled", help="what drafts propose (default: sampled)"
-    )
-    evaluate.add_argument(
-        "--stop-below", type=float, default=0.0, metavar="0.4", help="end a block after a less likely draft token"
-    )
+    _add_speculation(evaluate)
     evaluate.add_argument("--temperature", type=numbers, default=(0.0,), metavar="0,0.6", help="0 is greedy (default)")
-    evaluate.add_argument("--top-k", type=whole, default=0, help="most likely tokens kept (default: 0, all)")
     _add_decoding(evaluate)
     evaluate.set_defaults(temperature=(), top_p=None, top_k=None, max_new_tokens=None)  # those of the task
     evaluate.add_argument("--limit", type=positive, help="take only the first so many prompts of each task")
@@ -169,12 +161,15 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("evaluation"), help="gets results.json and samples.jsonl (default: evaluation)"
     )
 
-    sample = verb("sample", _sample, "write text, the draft's accepted tokens coloured, and the speed", SAMPLE_EXAMPLE)
+    sample = verb(
+        "sample", run_sample, "write text, the draft's accepted tokens coloured, and the speed", SAMPLE_EXAMPLE
+    )
     _add_pair(sample, draft_required=False)
-    sample.add_argument("--prompt", required=True, help="text to continue")
     sample.add_argument("--block-size", type=positive, default=5, help="draft tokens per block (default: 5)")
     sample.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     _add_decoding(sample)
+    _add_speculation(sample)
+    add_sample(sample)
 
     export = verb("export", _export, "write a stage's model as a Hugging Face folder", EXPORT_EXAMPLE)
     export.add_argument("--run", help="a run directory: a path, or gs://…")
@@ -231,8 +226,25 @@ def _add_pair(parser: argparse.ArgumentParser, draft_required: bool) -> None:
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, everything)")
+    parser.add_argument("--top-k", type=whole, default=0, help="most likely tokens kept (default: 0, all)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="per prompt (default: 128)")
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
+
+
+def _add_speculation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verification", choices=("token", "block"), default="token", help="rule of acceptance (default: token)"
+    )
+    parser.add_argument(
+        "--drafting", choices=("sampled", "greedy"), default="sampled", help="how it proposes (default: sampled)"
+    )
+    parser.add_argument(
+        "--stop-below",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="end a block after a draft token that the draft gave less probability (default: 0, never)",
+    )
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
@@ -286,22 +298,6 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
         settings=settings,
         out=options.out,
         perplexity=None if options.perplexity is None else source_named(options.perplexity),
-    )
-
-
-def _sample(options: argparse.Namespace, command: list[str]) -> None:
-    from jaxdraft.evaluate.command import sample
-    from jaxdraft.models.hub import model_folder
-
-    sample(
-        target=model_folder(options.target),
-        draft=None if options.draft is None else model_folder(options.draft),
-        prompt=options.prompt,
-        block_size=options.block_size,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
     )
 
 

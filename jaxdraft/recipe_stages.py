@@ -52,6 +52,9 @@ class Train(OptimizerSettings, Stage):
         is a tenth of ``steps``.
       probe_limit: answers of each temperature that are measured, the first ones.
       probe_block_sizes: γ; none of them measures nothing.
+      probe_decode: of these prompts of each temperature, so many are answered anew at every measurement, with the draft
+        as it is: block efficiency as decoding has it, beside the exact. The target stays in memory for it, and during
+        the measurement a second time.
     """
 
     data: str | dict[str, float]
@@ -71,6 +74,7 @@ class Train(OptimizerSettings, Stage):
     probe_every: int | None = None
     probe_limit: int = 32
     probe_block_sizes: tuple[int, ...] = (3, 5)
+    probe_decode: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,6 +93,11 @@ class Train(OptimizerSettings, Stage):
             raise ConfigError(f"{self.name}: save_every and keep_every must be at least 1")
         if min(1 if self.probe_every is None else self.probe_every, self.probe_limit, *self.probe_block_sizes) < 1:
             raise ConfigError(f"{self.name}: probe_every, probe_limit and probe_block_sizes must be positive")
+        if not 0 <= self.probe_decode <= self.probe_limit:
+            raise ConfigError(
+                f"{self.name}: probe_decode is {self.probe_decode}: of the probe_limit={self.probe_limit} prompts of "
+                "each temperature so many are decoded, 0 for none"
+            )
 
     @property
     def shares(self) -> dict[str, float]:

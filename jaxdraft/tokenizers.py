@@ -212,6 +212,7 @@ class Tokenizer:
                 f"{self.folder}: no chat template (looked for chat_template.jinja and for chat_template in "
                 'tokenizer_config.json); give prompts as "prompt" text instead of "messages"'
             )
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
         import transformers
 
         return transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)

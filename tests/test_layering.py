@@ -77,11 +77,13 @@ MAY_IMPORT = {
     },
     "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
+    "cli_sample": BELOW_STAGES,
     "cli": BELOW_STAGES
     | {
         "__init__",
         "arguments",
         "check",
+        "cli_sample",
         "export",
         "home",
         "inspect",

@@ -24,7 +24,7 @@ from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.prompts import PromptFile
 from jaxdraft.data.records import PackedRows
-from jaxdraft.decode import acceptance_ratios, generate
+from jaxdraft.decode import acceptance_ratios, expected_blocks, generate
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
@@ -161,6 +161,7 @@ def test_what_was_logged_while_a_draft_learned_ends_with_the_model_it_became(tin
     answers = [line for file in sorted((tiny_run / "responses").glob("responses-*.jsonl")) for line in read_jsonl(file)]
     for line in lines[-4:]:
         mine = [answer for answer in answers if answer["temperature"] == line["temperature"]]
+        mine.sort(key=lambda answer: answer["number"])
         text = [answer["prompt_tokens"] for answer in mine], [answer["tokens"] for answer in mine]
         how = {"temperature": line["temperature"], "top_p": line["top_p"], "max_new_tokens": 16}
         found = acceptance_ratios(target.decoder, target.params, draft.decoder, draft.params, *text, **how)
@@ -170,6 +171,9 @@ def test_what_was_logged_while_a_draft_learned_ends_with_the_model_it_became(tin
             expected["block_efficiency_offline_ci95"], abs=1e-5
         )
         assert (line["prompts"], line["tokens"]) == (len(mine), sum(map(len, text[1])))
+        if line["temperature"] == 0:
+            blocks = [expected_blocks(a.accept_N, line["block_size"]) for a in found[: line["decoded_prompts"]]]
+            assert (line["decoded_prompts"], line["decoded_blocks"]) == (2, sum(blocks))
     record = json.loads((tiny_run / "distill" / "stage.json").read_text())
     assert "block_efficiency.jsonl" in record["outputs"]
     assert record["summary"]["block efficiency at γ 5"].endswith("(T 1, top-p 0.95)")

@@ -52,6 +52,7 @@ def recipe(*, steps: int = 6):
                 save_every=2,
                 keep_every=3,
                 probe_every=4,
+                probe_decode=2,
             ),
             Evaluate(
                 "evaluate",

@@ -90,19 +90,24 @@ def write_batches(
     greedy = all(np.all(batch.temperature_B == 0) for batch in batches)
     seen: set[int] = set()
     for batch in batches:
-        size = batch.tokens_BS.shape[1]
-        begin = functools.partial(writer.start, batch.tokens_BS[:, : batch.bucket], batch.length_B, size=size)
-        decode = functools.partial(
-            writer.write,
-            sampling=None if greedy else Sampling(batch.temperature_B, batch.top_p_B, batch.top_k_B),
-            draws=None if greedy else Draws(np.int32(seed), batch.example_ids_B),
-        )
         with jax.set_mesh(writer.mesh):
-            state, seconds = timed(begin, decode, batch, repeats, warm=batch.bucket in seen)
+            state, seconds = timed(*calls(writer, batch, seed, greedy), batch, repeats, warm=batch.bucket in seen)
         seen.add(batch.bucket)
         for model, finite_B in fetch(state.finite).items():
             check_finite(model, finite_B, batch.indices)
         yield batch, state, seconds
+
+
+def calls(writer: Writer, batch: PromptBatch, seed: int, greedy: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The writer's ``start`` with all of a batch but ``end_B``, and its ``write`` with all but the ``State``."""
+    size = batch.tokens_BS.shape[1]
+    begin = functools.partial(writer.start, batch.tokens_BS[:, : batch.bucket], batch.length_B, size=size)
+    decode = functools.partial(
+        writer.write,
+        sampling=None if greedy else Sampling(batch.temperature_B, batch.top_p_B, batch.top_k_B),
+        draws=None if greedy else Draws(np.int32(seed), batch.example_ids_B),
+    )
+    return begin, decode
 
 
 def timed(
@@ -114,16 +119,17 @@ def timed(
     """
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats}: it must be at least 1")
-    compiling = 0.0 if warm else _clock(lambda: decode(begin(end_B=batch.length_B)))[1]
+    compiling = 0.0 if warm else clock(lambda: decode(begin(end_B=batch.length_B)))[1]
     times = []
     for _ in range(repeats):
-        state, reading = _clock(lambda: begin(end_B=batch.end_B))
-        state, writing = _clock(functools.partial(decode, state))
+        state, reading = clock(lambda: begin(end_B=batch.end_B))
+        state, writing = clock(functools.partial(decode, state))
         times.append((writing, reading))
     return state, Seconds(min(w for w, _ in times), min(r for _, r in times), compiling)
 
 
-def _clock(run: Callable[[], Any]) -> tuple[Any, float]:
+def clock(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``run`` gives, when the devices are done with it, and the seconds until then."""
     began = time.perf_counter()
     result = jax.block_until_ready(run())
     return result, time.perf_counter() - began

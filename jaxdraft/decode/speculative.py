@@ -122,18 +122,19 @@ def speculative_batches(
     )
     writer.warn_of_length(max((int(batch.end_B.max()) for batch in batches), default=0))
     for batch, state, seconds in write_batches(writer, batches, seed, repeats):
-        yield SpeculativeBatch(batch.indices, _results(batch, state), seconds)
+        yield SpeculativeBatch(batch.indices, results(batch, state), seconds)
 
 
-def _results(batch: PromptBatch, state: WrittenInBlocks) -> list[SpeculativeResult]:
+def results(batch: PromptBatch, state: WrittenInBlocks) -> list[SpeculativeResult]:
+    """What was written after each prompt of the batch, fillers left out."""
     tokens = new_tokens(batch, state)
     of_blocks = state.accepted_BN, state.drafted_BN, state.rejected_BN
     of_blocks, blocks, cut = fetch((of_blocks, state.blocks_B, state.cut_B))
-    results = []
+    found = []
     for row in range(len(batch.indices)):
         accepted, drafted, rejected = (x_BN[row, : blocks[row]].tolist() for x_BN in of_blocks)
-        results.append(SpeculativeResult(tokens[row], accepted, bool(cut[row]), drafted, rejected))
-    return results
+        found.append(SpeculativeResult(tokens[row], accepted, bool(cut[row]), drafted, rejected))
+    return found
 
 
 def token_origins(accepted: Sequence[int], total: int) -> list[bool]:

@@ -1,14 +1,11 @@
-"""``jaxdraft evaluate`` and ``jaxdraft sample``: any two Hugging Face folders that share a vocabulary."""
+"""``jaxdraft evaluate``: any two Hugging Face folders that share a vocabulary."""
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdraft.data.prompts import example_id
 from jaxdraft.data.sources import Source
-from jaxdraft.decode import Speculation, generate_batches, speculative_batches, token_origins
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.perplexity import read_documents
@@ -21,9 +18,7 @@ from jaxdraft.tracking import progress_bar
 
 logger = logging.getLogger(__name__)
 
-# Bold green for what the draft wrote; plain for the target's own tokens.
 _PERPLEXITIES = {"perplexity": "per token", "word_perplexity": "per word", "bits_per_byte": "bits per byte"}
-_ACCEPTED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
 def evaluate(
@@ -63,7 +58,7 @@ def evaluate(
     if len({task.name for task in tasks}) < len(tasks):
         raise ConfigError("two tasks have the same name: give prompts in files of different names, and no task twice")
     for draft in drafts:
-        tokenizer = _shared_tokenizer(target, draft.folder)
+        tokenizer = shared_tokenizer(target, draft.folder)
     positions = load_config(target).max_positions
     asked = at_temperatures([(task, task.read(tokenizer, positions)) for task in tasks], temperatures)
     text = None if perplexity is None else read_documents(perplexity, tokenizer)
@@ -94,57 +89,7 @@ def _folder_of(draft: Draft, drafts: Sequence[Draft], out: Path) -> Path:
     return own if len(drafts) > 1 or (own / "results.json").exists() else out
 
 
-def sample(
-    *,
-    target: Path,
-    draft: Path | None,
-    prompt: str,
-    block_size: int = 5,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 128,
-    seed: int = 0,
-) -> None:
-    """Prints what the target writes after ``prompt``: with a draft, its accepted tokens coloured; and the speed.
-
-    Raises:
-      ConfigError: a folder or a setting is wrong, or the two models' tokenizers differ.
-    """
-    tokenizer = load_tokenizer(target) if draft is None else _shared_tokenizer(target, draft)
-    prompts = [tokenizer.encode(prompt)]
-    big = Model.load(target)
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "example_ids": [example_id(prompt)],
-        "batch_size": 1,
-        "repeats": 2,
-    }
-    (alone,) = generate_batches(big.decoder, big.params, prompts, **settings)
-    speed = len(alone.tokens[0]) / alone.seconds.decode
-    if draft is None:
-        print(tokenizer.decode([*prompts[0], *alone.tokens[0]]))
-        print(f"\n{len(alone.tokens[0])} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
-        return
-    small = Model.load(draft)
-    (batch,) = speculative_batches(
-        big.decoder, big.params, small.decoder, small.params, prompts, speculation=Speculation(block_size), **settings
-    )
-    result = batch.results[0]
-    print(_coloured(tokenizer, prompts[0], result.tokens, result.accepted))
-    faster = len(result.tokens) / batch.seconds.decode
-    blocks = len(result.accepted)
-    per_run = len(result.tokens) / blocks
-    print(
-        f"\n{len(result.tokens)} tokens in {blocks} runs of the target: {per_run:.2f} tokens a run\n"
-        f"{faster:,.0f} tokens/s with the draft, {speed:,.0f} without: {faster / speed:.2f} times as fast",
-        file=sys.stderr,
-    )
-
-
-def _shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
+def shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
     """The target's tokenizer, once it is known that both are models of one vocabulary.
 
     Another BOS, EOS or add_bos in the draft's folder is only warned of: the target's are used.
@@ -167,14 +112,6 @@ def _shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
         for difference in found:
             logger.warning("%s; the target's tokenizer is used", difference)
     return tokenizer
-
-
-def _coloured(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], accepted: list[int]) -> str:
-    drafted_each = [False] * len(prompt) + token_origins(accepted, len(tokens))
-    pieces = zip(tokenizer.fragments([*prompt, *tokens]), drafted_each, strict=True)
-    if not sys.stdout.isatty():
-        return "".join(text for text, _ in pieces)
-    return "".join(f"{_ACCEPTED}{text}{_PLAIN}" if drafted else text for text, drafted in pieces)
 
 
 def print_table(results: Mapping[str, Any]) -> None:

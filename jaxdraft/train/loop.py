@@ -205,9 +205,14 @@ class _Log:
         for line in lines:
             self._efficiency.write(step, line)
         largest = max(line["block_size"] for line in lines)
-        values = [f"{line['block_efficiency_offline']:.2f}" for line in lines if line["block_size"] == largest]
-        self._shown = {f"τ{largest}": "/".join(values)}
-        self._clock = time.perf_counter()
+        shown = [line for line in lines if line["block_size"] == largest]
+        self._shown = {
+            name: "/".join(f"{line[key]:.2f}" for line in shown)
+            for name, key in {f"τ{largest}": "block_efficiency_offline", "decoded": "block_efficiency"}.items()
+            if key in shown[0]
+        }
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        self._timing.write(step, {"measuring_seconds": round(seconds, 6)})
 
     def close(self) -> None:
         self.flush()

@@ -55,7 +55,7 @@ def lines(path):
 
 def differences(one, other):
     """What may differ between two layouts, as a dict of figures; raises AssertionError where what may not does."""
-    found = {"loss": 0.0, "parameters": 0.0, "tokens": 0}
+    found = {"loss": 0.0, "parameters": 0.0, "tokens": 0, "blocks": 0}
     records = {path.parent.name: json.loads(path.read_text()) for path in sorted(one.glob("*/stage.json"))}
     assert records.keys() == {path.parent.name for path in other.glob("*/stage.json")}
     for name, record in sorted(records.items(), key=lambda item: item[1]["kind"] != "Generate"):
@@ -72,6 +72,11 @@ def differences(one, other):
             flat = lambda tensors: np.concatenate([tensors[key].ravel() for key in sorted(tensors)]).astype(np.float64)
             distance = np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(a))
             found["parameters"] = max(found["parameters"], distance / max(1.0, record["settings"]["steps"] / 100))
+            if "block_efficiency.jsonl" in record["outputs"]:
+                looks = (lines(run / name / "block_efficiency.jsonl") for run in (one, other))
+                for a, b in zip(*looks, strict=True):
+                    assert a.keys() == b.keys()
+                    found["blocks"] += a.get("decoded_blocks") != b.get("decoded_blocks")
         if record["kind"] == "Generate":
             for path in sorted((one / name).glob("responses-*.jsonl")):
                 for a, b in zip(lines(path), lines(other / name / path.name), strict=True):

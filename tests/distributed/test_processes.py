@@ -126,13 +126,16 @@ def alone(tmp_path_factory):
 
 # Rounding differs with the layout; over six steps of a rate that large it grows to some 1e-6 of the parameters.
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, devices", [(2, 1), (4, 1), (2, 2), (1, 8)])
-def test_every_stage_gives_what_one_process_gives(alone, tmp_path, processes, devices):
-    run(TINY, tmp_path / "run", processes, devices)
+@pytest.mark.parametrize(
+    "processes, devices, mesh", [(2, 1, ()), (4, 1, ()), (2, 2, ("fsdp=2", "tensor=1")), (1, 8, ("fsdp=2", "tensor=2"))]
+)
+def test_every_stage_gives_what_one_process_gives(alone, tmp_path, processes, devices, mesh):
+    run(TINY, tmp_path / "run", processes, devices, *(word for axis in mesh for word in ("--set", f"mesh.{axis}")))
     found = differences(alone, tmp_path / "run")
     assert found["loss"] < 1e-5
     assert found["parameters"] < 1e-5
     assert found["tokens"] == 0, "answers in float32 do not depend on the layout, but for ties"
+    assert found["blocks"] == 0, "nor does what is decoded while a draft learns"
 
 
 @pytest.mark.slow
