@@ -16,8 +16,8 @@ import numpy as np
 from jaxdraft.context import Context
 from jaxdraft.decode import acceptance, token_probabilities
 from jaxdraft.errors import ConfigError
-from jaxdraft.evaluate.figures import decoding
 from jaxdraft.evaluate.metrics import offline_metrics
+from jaxdraft.evaluate.words import decoding
 from jaxdraft.models import Decoder, ModelConfig
 from jaxdraft.models.decoder import Params
 from jaxdraft.recipe import TARGET, Generate, Train
