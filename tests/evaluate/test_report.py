@@ -110,11 +110,7 @@ def make_curve(task: str, batch_size: int) -> dict[str, Any]:
     """Predicted speed-ups that are highest at γ = 4 / batch size, and one that was measured."""
     temperature, top_p, base = TASKS[task]
     points = [
-        {
-            "block_size": size,
-            "block_efficiency": 1 + size / 2,
-            "predicted_speedup": base - abs(size - 4 / batch_size) / 8,
-        }
+        {"block_size": n, "block_efficiency": 1 + n / 2, "predicted_speedup": base - abs(n - 4 / batch_size) / 8}
         for n in range(9)
     ]
     points[3]["measured_speedup"] = base - 0.2
