@@ -11,7 +11,7 @@ from jaxdraft.decode.offline import (
     expected_blocks,
     token_probabilities,
 )
-from jaxdraft.decode.rules import verify
+from jaxdraft.decode.rules import Speculation, verify
 from jaxdraft.decode.sampling import Sampling, draw, probabilities
 from jaxdraft.decode.score import TopK, TopScores, top_scores
 from jaxdraft.decode.speculative import (
@@ -30,6 +30,7 @@ __all__ = [
     "Request",
     "Sampling",
     "Seconds",
+    "Speculation",
     "SpeculativeBatch",
     "SpeculativeResult",
     "TopK",

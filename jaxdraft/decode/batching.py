@@ -30,6 +30,7 @@ class PromptBatch:
       example_ids_B: uint32, name each row's randomness.
       temperature_B: float32.
       top_p_B: float32.
+      top_k_B: int32.
     """
 
     indices: list[int]
@@ -40,6 +41,7 @@ class PromptBatch:
     example_ids_B: np.ndarray
     temperature_B: np.ndarray
     top_p_B: np.ndarray
+    top_k_B: np.ndarray
 
 
 def bucket_length(length: int) -> int:
@@ -65,6 +67,7 @@ def prompt_batches(
     max_new_tokens: int | Sequence[int],
     temperature: float | Sequence[float],
     top_p: float | Sequence[float],
+    top_k: int | Sequence[int],
     example_ids: Sequence[int] | None,
     batch_size: int,
     vocab_size: int,
@@ -77,6 +80,7 @@ def prompt_batches(
       max_new_tokens: for all prompts or per prompt.
       temperature: for all prompts or per prompt.
       top_p: for all prompts or per prompt.
+      top_k: for all prompts or per prompt.
       example_ids: integers in [0, 2**32); ``None`` numbers the prompts.
       batch_size: rows of every batch.
       vocab_size: every token must be below it.
@@ -89,6 +93,7 @@ def prompt_batches(
     limits = per_prompt("max_new_tokens", max_new_tokens, count, np.int64)
     temperatures = per_prompt("temperature", temperature, count, np.float32)
     top_ps = per_prompt("top_p", top_p, count, np.float32)
+    top_ks = per_prompt("top_k", top_k, count, np.int32)
     ids = per_prompt("example_ids", range(count) if example_ids is None else example_ids, count, np.int64)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
@@ -96,6 +101,8 @@ def prompt_batches(
         raise ConfigError(f"temperature must be 0 or more and finite, not {temperature}")
     if not np.all((top_ps > 0) & (top_ps <= 1)):
         raise ConfigError(f"top_p must be in (0, 1], not {top_p}: 1 keeps every token")
+    if not np.all(top_ks >= 0):
+        raise ConfigError(f"top_k must be 0 or more, not {top_k}: 0 keeps every token")
     if not np.all((ids >= 0) & (ids < 2**32)):
         raise ConfigError("example_ids must be integers in [0, 2**32)")
     if not np.all(limits >= 1):
@@ -124,6 +131,7 @@ def prompt_batches(
                     example_ids_B=_fill(ids[indices], batch_size, 0, np.uint32),
                     temperature_B=_fill(temperatures[indices], batch_size, 0, np.float32),
                     top_p_B=_fill(top_ps[indices], batch_size, 1, np.float32),
+                    top_k_B=_fill(top_ks[indices], batch_size, 0, np.int32),
                 )
             )
     return batches

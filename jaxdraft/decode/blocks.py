@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdraft.decode.driver import all_finite, count_live, on_rows, with_room
+from jaxdraft.decode.driver import NO_LIMIT, all_finite, bounds, on_rows, with_room, write_on
 from jaxdraft.decode.generate import prefill
-from jaxdraft.decode.rules import verify, verify_equal
+from jaxdraft.decode.rules import Speculation, verify, verify_equal
 from jaxdraft.decode.sampling import (
     ACCEPT,
     PROPOSE,
@@ -46,14 +46,17 @@ logger = logging.getLogger(__name__)
 
 
 class WrittenInBlocks(NamedTuple):
-    """Where a batch stands: as ``generate.Written``, with both caches, and what was accepted in each block."""
+    """Where a batch stands: as ``generate.Written``, with both caches, and of each block how many tokens were drafted,
+    how many of them accepted, and the first one refused, -1 where none was."""
 
     tokens_BS: jax.Array
     length_B: jax.Array
     end_B: jax.Array
     target_cache: KVCache
     draft_cache: KVCache
+    drafted_BN: jax.Array
     accepted_BN: jax.Array
+    rejected_BN: jax.Array
     blocks_B: jax.Array
     cut_B: jax.Array
     target_finite_B: jax.Array
@@ -78,7 +81,7 @@ class WithDraft:
       target_params: of ``for_decoding``.
       draft_decoder: with ``scan=False``.
       draft_params: of ``for_decoding``.
-      block_size: draft tokens proposed per run of the target.
+      speculation: how the draft proposes and the target verifies.
       eos_E: tokens that end an answer.
       drafter_invariant: write what the target writes alone, sampled too, in place of another text of the same law.
       keep: of the target's distributions.
@@ -91,7 +94,7 @@ class WithDraft:
     target_params: Params
     draft_decoder: Decoder
     draft_params: Params
-    block_size: int
+    speculation: Speculation
     eos_E: np.ndarray
     drafter_invariant: bool = False
     keep: TopK | None = None
@@ -99,8 +102,6 @@ class WithDraft:
     def __post_init__(self):
         target, draft = self.target_decoder.config, self.draft_decoder.config
         target.check_target()
-        if self.block_size < 1:
-            raise ConfigError(f"block_size is {self.block_size}: the draft must propose at least 1 token")
         if draft.vocabulary != target.vocabulary:
             raise ConfigError(
                 f"the draft's vocabulary has {draft.vocabulary} rows, the target's {target.vocabulary}: "
@@ -125,21 +126,26 @@ class WithDraft:
         return self.target_decoder, self.target_params, self.draft_decoder, self.draft_params
 
     def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> WrittenInBlocks:
-        return start_in_blocks(*self.models, tokens_BL, length_B, end_B, size, self.block_size, self.keep)
+        return start_in_blocks(*self.models, tokens_BL, length_B, end_B, size, self.speculation.block_size, self.keep)
 
     def write(
-        self, state: WrittenInBlocks, sampling: Sampling | None, draws: Draws | None, floor: int = 0
+        self,
+        state: WrittenInBlocks,
+        sampling: Sampling | None,
+        draws: Draws | None,
+        floor: int = 0,
+        most: int | None = None,
     ) -> WrittenInBlocks:
         return write_in_blocks(
             *self.models,
             state,
-            block_size=self.block_size,
+            speculation=self.speculation,
             drafter_invariant=self.drafter_invariant,
             eos_E=self.eos_E,
             sampling=sampling,
             draws=draws,
-            floor=np.int32(floor),
             keep=self.keep,
+            **bounds(floor, most),
         )
 
 
@@ -157,13 +163,16 @@ def start_in_blocks(
     """A ``WrittenInBlocks`` of rows whose prompts both models have read, as ``generate.start`` makes a ``Written``."""
     prompts, slots = (tokens_BL, length_B, end_B), size + block_size + 1
     zeros_B, ones_B = jnp.zeros_like(length_B), jnp.ones_like(length_B, bool)
+    zeros_BN = jnp.zeros((len(tokens_BL), size - tokens_BL.shape[1]), jnp.int32)
     state = WrittenInBlocks(
         tokens_BS=with_room(tokens_BL, size),
         length_B=length_B,
         end_B=end_B,
         target_cache=prefill(target_decoder, target_params, *prompts, slots),
         draft_cache=prefill(draft_decoder, draft_params, *prompts, slots),
-        accepted_BN=jnp.zeros((len(tokens_BL), size - tokens_BL.shape[1]), jnp.int32),
+        drafted_BN=zeros_BN,
+        accepted_BN=zeros_BN,
+        rejected_BN=zeros_BN,
         blocks_B=zeros_B,
         cut_B=~ones_B,
         target_finite_B=ones_B,
@@ -175,7 +184,7 @@ def start_in_blocks(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("target_decoder", "draft_decoder", "block_size", "drafter_invariant", "keep"),
+    static_argnames=("target_decoder", "draft_decoder", "speculation", "drafter_invariant", "keep"),
     donate_argnames=("state",),
 )
 def write_in_blocks(
@@ -185,15 +194,16 @@ def write_in_blocks(
     draft_params,
     state,
     *,
-    block_size,
+    speculation,
     eos_E,
     sampling,
     draws,
     floor=0,
+    most=NO_LIMIT,
     drafter_invariant=False,
     keep=None,
 ):
-    """Goes on with a ``WrittenInBlocks`` until at most ``floor`` rows are live.
+    """Goes on with a ``WrittenInBlocks`` until at most ``floor`` rows are live, or for ``most`` blocks.
 
     Greedy without ``sampling`` and ``draws``. Sampled, drafts stand by the rule of ``verify``; or, drafter-invariant,
     while they equal what the target draws with the noise of ``generate.write``, which the draft draws with too.
@@ -204,7 +214,7 @@ def write_in_blocks(
     if draws is not None:
         purposes = SAMPLE, PROPOSE, ACCEPT, REPLACE
         keys = _Keys(*(row_keys(draws.seed, purpose, draws.example_ids_B) for purpose in purposes))
-    G, nowhere = block_size, slots(state.target_cache)
+    G, nowhere = speculation.block_size, slots(state.target_cache)
     rows_B1, order_K = jnp.arange(state.tokens_BS.shape[0])[:, None], jnp.arange(G + 1)
 
     def propose(state, live_B, noise_BKV):
@@ -265,6 +275,7 @@ def write_in_blocks(
             next_B = draw(position_keys(keys.replace_B, n_B + accepted_B), next_probs_BV)
 
         count_B = accepted_B + 1
+        rejected_B = jnp.pad(drafts_BG, ((0, 0), (0, 1)), constant_values=-1)[rows_B1[:, 0], accepted_B]
         emitted_BK = jnp.where(order_K < accepted_B[:, None], jnp.pad(drafts_BG, ((0, 0), (0, 1))), next_B[:, None])
         ends_BK = is_any(emitted_BK, eos_E) & (order_K < count_B[:, None])
         until_end_B = jnp.where(jnp.any(ends_BK, axis=1), jnp.argmax(ends_BK, axis=1) + 1, count_B)
@@ -273,13 +284,16 @@ def write_in_blocks(
         written_BK = jnp.where(kept_BK, n_B[:, None] + order_K, nowhere)
         length_B = n_B + kept_B
         block_B1 = jnp.where(live_B, state.blocks_B, nowhere)[:, None]
+        record = lambda x_BN, x_B: x_BN.at[rows_B1, block_B1].set(x_B[:, None], mode="drop")
         return WrittenInBlocks(
             tokens_BS=state.tokens_BS.at[rows_B1, written_BK].set(emitted_BK, mode="drop"),
             length_B=length_B,
             end_B=jnp.where(jnp.any(ends_BK & kept_BK, axis=1), length_B, state.end_B),
             target_cache=target_cache,
             draft_cache=draft_cache,
-            accepted_BN=state.accepted_BN.at[rows_B1, block_B1].set(accepted_B[:, None], mode="drop"),
+            drafted_BN=record(state.drafted_BN, jnp.full_like(n_B, G)),
+            accepted_BN=record(state.accepted_BN, accepted_B),
+            rejected_BN=record(state.rejected_BN, rejected_B),
             blocks_B=state.blocks_B + live_B,
             cut_B=jnp.where(live_B, kept_B < count_B, state.cut_B),
             target_finite_B=state.target_finite_B & (~live_B | jnp.all(all_finite(logits_BKV), axis=1)),
@@ -287,4 +301,4 @@ def write_in_blocks(
             scores=keep_scores(state.scores, keep, logits_BKV, emitted_BK, jnp.where(kept_BK, slots_BK, nowhere)),
         )
 
-    return jax.lax.while_loop(lambda state: count_live(state) > floor, block, state)
+    return write_on(block, state, floor, most)

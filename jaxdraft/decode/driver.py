@@ -20,6 +20,9 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
 from jaxdraft.sharding import CACHE, constrain
 
+NO_LIMIT = np.int32(np.iinfo(np.int32).max)
+"""More steps than any loop takes."""
+
 
 class State(Protocol):
     """What the drivers read of where a batch stands: of ``Written`` or ``blocks.WrittenInBlocks``."""
@@ -55,8 +58,11 @@ class Writer(Protocol):
     def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> Any:
         """The ``State`` of rows whose prompts are read, with room for ``size`` tokens of prompt and answer."""
 
-    def write(self, state: Any, sampling: Sampling | None, draws: Draws | None, floor: int = 0) -> Any:
-        """Goes on with a ``State``, whose memory it takes, until at most ``floor`` rows are live."""
+    def write(
+        self, state: Any, sampling: Sampling | None, draws: Draws | None, floor: int = 0, most: int | None = None
+    ) -> Any:
+        """Goes on with a ``State``, whose memory it takes, until at most ``floor`` rows are live, or for ``most`` runs
+        of the model (the target)."""
 
 
 class Seconds(NamedTuple):
@@ -88,7 +94,7 @@ def write_batches(
         begin = functools.partial(writer.start, batch.tokens_BS[:, : batch.bucket], batch.length_B, size=size)
         decode = functools.partial(
             writer.write,
-            sampling=None if greedy else Sampling(batch.temperature_B, batch.top_p_B),
+            sampling=None if greedy else Sampling(batch.temperature_B, batch.top_p_B, batch.top_k_B),
             draws=None if greedy else Draws(np.int32(seed), batch.example_ids_B),
         )
         with jax.set_mesh(writer.mesh):
@@ -139,6 +145,17 @@ def check_finite(model: str, finite_B: np.ndarray, names: Sequence[Any]) -> None
 def end_tokens(config: ModelConfig, eos_ids: Sequence[int] | None) -> np.ndarray:
     """``int32[E]``: the given end tokens, or the model's."""
     return np.asarray(config.eos_ids if eos_ids is None else eos_ids, np.int32)
+
+
+def write_on(step: Callable[[Any], Any], state: Any, floor: jax.Array, most: jax.Array) -> Any:
+    """Inside ``jit``, takes steps until at most ``floor`` rows are live, or ``most`` of them."""
+    go_on = lambda carry: (count_live(carry[0]) > floor) & (carry[1] < most)
+    return jax.lax.while_loop(go_on, lambda carry: (step(carry[0]), carry[1] + 1), (state, jnp.int32(0)))[0]
+
+
+def bounds(floor: int, most: int | None) -> dict[str, np.int32]:
+    """As ``write_on`` takes them: whatever they are, the program is one."""
+    return {"floor": np.int32(floor), "most": NO_LIMIT if most is None else np.int32(most)}
 
 
 def count_live(state: State) -> jax.Array:

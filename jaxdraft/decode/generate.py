@@ -18,14 +18,16 @@ from jax.sharding import Mesh
 
 from jaxdraft.decode.batching import prompt_batches
 from jaxdraft.decode.driver import (
+    NO_LIMIT,
     Seconds,
     all_finite,
-    count_live,
+    bounds,
     end_tokens,
     new_tokens,
     on_rows,
     with_room,
     write_batches,
+    write_on,
 )
 from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, is_any, position_keys, probabilities, row_keys
 from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
@@ -90,7 +92,9 @@ class Alone:
     def start(self, tokens_BL: np.ndarray, length_B: np.ndarray, end_B: np.ndarray, size: int) -> Written:
         return start(self.decoder, self.params, tokens_BL, length_B, end_B, size, self.keep)
 
-    def write(self, state: Written, sampling: Sampling | None, draws: Draws | None, floor: int = 0) -> Written:
+    def write(
+        self, state: Written, sampling: Sampling | None, draws: Draws | None, floor: int = 0, most: int | None = None
+    ) -> Written:
         return write(
             self.decoder,
             self.params,
@@ -98,8 +102,8 @@ class Alone:
             eos_E=self.eos_E,
             sampling=sampling,
             draws=draws,
-            floor=np.int32(floor),
             keep=self.keep,
+            **bounds(floor, most),
         )
 
 
@@ -120,6 +124,7 @@ def generate_batches(
     max_new_tokens: int | Sequence[int],
     temperature: float | Sequence[float] = 0.0,
     top_p: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
     seed: int = 0,
     example_ids: Sequence[int] | None = None,
     eos_ids: Sequence[int] | None = None,
@@ -138,6 +143,7 @@ def generate_batches(
       max_new_tokens: for all prompts or per prompt.
       temperature: for all prompts or per prompt; 0 is greedy, and all 0 leaves sampling out of the program.
       top_p: for all prompts or per prompt.
+      top_k: for all prompts or per prompt; 0 keeps every token.
       seed: of all randomness.
       example_ids: integers in [0, 2**32) naming each prompt's randomness; ``None`` numbers the prompts.
       eos_ids: tokens that end an answer; ``None`` takes the model's.
@@ -154,6 +160,7 @@ def generate_batches(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         example_ids=example_ids,
         batch_size=batch_size,
         vocab_size=config.vocabulary,
@@ -212,8 +219,11 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "keep"), donate_argnames=("state",))
-def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, keep=None):
-    """Goes on with a ``Written`` until at most ``floor`` rows are live; greedy without ``sampling`` and ``draws``."""
+def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, most=NO_LIMIT, keep=None):
+    """Goes on with a ``Written`` until at most ``floor`` rows are live, or for ``most`` steps.
+
+    Greedy without ``sampling`` and ``draws``.
+    """
     head_DV = head_weight(decoder.config, params)
     keys_B: Any = None if draws is None else row_keys(draws.seed, SAMPLE, draws.example_ids_B)
     rows_B = jnp.arange(state.tokens_BS.shape[0])
@@ -243,4 +253,4 @@ def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, keep=None)
             scores=keep_scores(state.scores, keep, logits_B1V, next_B[:, None], slots_B1),
         )
 
-    return jax.lax.while_loop(lambda state: count_live(state) > floor, step, state)
+    return write_on(step, state, floor, most)

@@ -49,6 +49,7 @@ def acceptance_ratios(
     *,
     temperature: float | Sequence[float] = 0.0,
     top_p: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
     max_new_tokens: int | Sequence[int] = 0,
     batch_size: int = 8,
 ) -> list[Acceptance]:
@@ -62,9 +63,10 @@ def acceptance_ratios(
       draft_decoder: and ``draft_params``: the model that would propose.
       draft_params: its parameters.
       prompts: token ids, at least one each.
-      answers: what the target wrote after each prompt, with this temperature and top-p.
+      answers: what the target wrote after each prompt, with this temperature, top-p and top-k.
       temperature: for all prompts or per prompt.
       top_p: for all prompts or per prompt.
+      top_k: for all prompts or per prompt; 0 keeps every token.
       max_new_tokens: the limit under which the answers were written, which LongRoPE's factors were chosen by.
       batch_size: rows of every batch.
 
@@ -80,6 +82,7 @@ def acceptance_ratios(
         answers,
         temperature,
         top_p,
+        top_k,
         max_new_tokens,
         batch_size,
     )
@@ -94,6 +97,7 @@ def token_probabilities(
     *,
     temperature: float | Sequence[float] = 0.0,
     top_p: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
     max_new_tokens: int | Sequence[int] = 0,
     batch_size: int = 8,
 ) -> list[np.ndarray]:
@@ -108,6 +112,7 @@ def token_probabilities(
       answers: what the target wrote.
       temperature: for all prompts or per prompt.
       top_p: for all prompts or per prompt.
+      top_k: for all prompts or per prompt; 0 keeps every token.
       max_new_tokens: the limit under which the answers were written.
       batch_size: rows of every batch.
 
@@ -119,7 +124,7 @@ def token_probabilities(
       FloatingPointError: the model gave logits that are not finite.
     """
     models = [(decoder, params)]
-    found = _teacher_forced(_chosen, models, prompts, answers, temperature, top_p, max_new_tokens, batch_size)
+    found = _teacher_forced(_chosen, models, prompts, answers, temperature, top_p, top_k, max_new_tokens, batch_size)
     return [p_N for (p_N,) in found]
 
 
@@ -129,13 +134,14 @@ def acceptance(p_N: np.ndarray, q_N: np.ndarray) -> np.ndarray:
 
 
 def _teacher_forced(
-    look, models, prompts, answers, temperature, top_p, max_new_tokens, batch_size
+    look, models, prompts, answers, temperature, top_p, top_k, max_new_tokens, batch_size
 ) -> list[tuple[np.ndarray, ...]]:
     """What ``look`` sees at every token of each answer; the last of what it returns is finite if all logits are."""
     if len(answers) != len(prompts) or not all(map(len, prompts)):
         raise ConfigError(f"{len(prompts)} prompts, {len(answers)} answers: give one per prompt, and no empty prompt")
     temperatures = per_prompt("temperature", temperature, len(prompts), np.float32)
     top_ps = per_prompt("top_p", top_p, len(prompts), np.float32)
+    top_ks = per_prompt("top_k", top_k, len(prompts), np.int32)
     limits = per_prompt("max_new_tokens", max_new_tokens, len(prompts), np.int32)
     greedy = not np.any(temperatures)
     decoders, params = zip(*models, strict=True)
@@ -153,7 +159,7 @@ def _teacher_forced(
             tokens_BT[row, : len(text)] = text
         starts_B = np.asarray([len(prompts[i]) for i in rows], np.int32)
         ends_B = np.asarray([len(prompts[i]) + max(len(answers[i]), limits[i]) for i in rows], np.int32)
-        sampling = None if greedy else Sampling(temperatures[rows], top_ps[rows])
+        sampling = None if greedy else Sampling(temperatures[rows], top_ps[rows], top_ks[rows])
         given = place(mesh, (tokens_BT, starts_B, ends_B, sampling), rows=True)
         with jax.set_mesh(mesh):
             seen = _look_at_batch(look, decoders, params, *given, new)

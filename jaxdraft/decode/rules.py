@@ -1,10 +1,51 @@
-"""Which draft tokens stand, and what follows them.
+"""How a draft speculates: which of its tokens stand, and what follows them.
 
 Shapes: B batch, G block size (draft tokens of a block), K = G + 1, V vocabulary.
 """
 
+import dataclasses
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
+
+from jaxdraft.errors import ConfigError
+
+Verification = Literal["token", "block"]
+Drafting = Literal["sampled", "greedy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """How a draft proposes and how the target verifies. None of it changes the law of the text.
+
+    Attributes:
+      block_size: draft tokens proposed per run of the target, γ.
+      verification: token by token (``verify``).
+      drafting: the draft's tokens are drawn from its distribution.
+      stop_below: a row stops proposing after a draft token whose probability, in the distribution that it was drawn
+        from, is below this; 0 always proposes ``block_size``.
+
+    Raises:
+      ConfigError: a value is out of range.
+    """
+
+    block_size: int
+    verification: Verification = "token"
+    drafting: Drafting = "sampled"
+    stop_below: float = 0.0
+
+    def __post_init__(self):
+        if self.block_size < 1:
+            raise ConfigError(f"block_size is {self.block_size}: the draft must propose at least 1 token")
+        for name, known in (("verification", Verification), ("drafting", Drafting)):
+            value = getattr(self, name)
+            if value not in get_args(known):
+                raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(get_args(known))}")
+        if not 0 <= self.stop_below < 1:
+            raise ConfigError(f"stop_below is {self.stop_below}: it must lie in [0, 1), 0 never stops")
+        if (self.verification, self.drafting, self.stop_below) != ("token", "sampled", 0.0):
+            raise ConfigError(f"{self}: only block_size can be chosen yet")
 
 
 def verify(

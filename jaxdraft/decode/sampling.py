@@ -6,6 +6,7 @@ order of work, so an example's tokens do not change with any of them.
 Shapes: B batch, T positions, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -30,18 +31,21 @@ class Sampling(NamedTuple):
     Attributes:
       temperature_B: 0 takes the most likely token.
       top_p_B: in (0, 1]; 1 keeps every token.
+      top_k_B: int32, how many tokens are kept; 0 keeps every token.
     """
 
     temperature_B: jax.Array | np.ndarray
     top_p_B: jax.Array | np.ndarray
+    top_k_B: jax.Array | np.ndarray
 
 
 def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The distribution that is sampled: temperature, then top-p, then renormalised.
+    """The distribution that is sampled: temperature, then top-k, then top-p, then renormalised.
 
-    Top-p keeps the smallest set of most likely tokens whose mass reaches ``top_p`` (Holtzman et al., arXiv 1904.09751);
-    tokens as likely as the last one kept are all kept. Its threshold is found by bisection on the bit patterns of the
-    floats, which order like the floats themselves: 30 masked sums in place of a sort, and exact.
+    Top-k keeps the ``top_k`` most likely tokens (Fan et al., arXiv 1805.04833), top-p the smallest set of most likely
+    ones of these whose share of their mass reaches ``top_p`` (Holtzman et al., arXiv 1904.09751); tokens as likely as
+    the last one kept are all kept. The thresholds are found by bisection on the bit patterns of the floats, which order
+    like the floats themselves: 30 masked sums in place of a sort, and exact.
 
     Args:
       logits: ``[B, V]`` or ``[B, T, V]``, float32.
@@ -51,27 +55,46 @@ def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
       float32, the shape of ``logits``; one-hot at the maximum in rows of temperature 0.
     """
     of_row = (-1,) + (1,) * (logits.ndim - 1)
-    temperature, top_p = (jnp.reshape(x, of_row) for x in sampling)
+    temperature, top_p, top_k = (jnp.reshape(x, of_row) for x in sampling)
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     probs = jax.nn.softmax(shifted / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
-    probs = _keep_top_p(probs, top_p)
+    probs = _keep_likely(probs, top_p, top_k)
     greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=probs.dtype)
     return jnp.where(temperature > 0, probs, greedy)
 
 
-def _keep_top_p(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+def _keep_likely(probs: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+    """``probs`` with the unlikely ones 0, renormalised."""
+    zero = jnp.zeros_like(probs[..., :1])
+    whole = zero, zero + 1
+
+    def keep_top_k():
+        threshold = _largest(lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= top_k, probs, zero)
+        threshold = jnp.where(top_k > 0, threshold, 0.0)
+        return threshold, jnp.sum(jnp.where(probs >= threshold, probs, 0.0), axis=-1, keepdims=True)
+
+    def keep_top_p():
+        enough = lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1, keepdims=True) >= top_p * mass
+        return jnp.where(top_p < 1, _largest(enough, probs, threshold), threshold)
+
+    threshold, mass = jax.lax.cond(jnp.any(top_k > 0), keep_top_k, lambda: whole)
+    threshold = jax.lax.cond(jnp.any(top_p < 1), keep_top_p, lambda: threshold)
+    kept = jnp.where(probs >= threshold, probs, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def _largest(enough: Callable[[jax.Array], jax.Array], probs: jax.Array, low: jax.Array) -> jax.Array:
+    """Each row's largest threshold from ``low`` on for which ``enough(probs >= threshold)``, ``[…, 1]``."""
+
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        kept = jnp.where(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32), probs, 0.0)
-        enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        found = enough(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(found, middle, low), jnp.where(found, high, middle)
 
     above = jax.lax.bitcast_convert_type(jnp.max(probs, axis=-1, keepdims=True), jnp.int32) + 1
-    steps = jnp.where(jnp.any(top_p < 1), _BISECTIONS, 0)
-    low, _ = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(above), above))
-    kept = jnp.where((probs >= jax.lax.bitcast_convert_type(low, jnp.float32)) | (top_p >= 1), probs, 0.0)
-    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+    bounds = jax.lax.bitcast_convert_type(low, jnp.int32), above
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, _BISECTIONS, halve, bounds)[0], jnp.float32)
 
 
 def draw(keys_B: jax.Array, probs_BV: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jaxdraft.decode.batching import PromptBatch, prompt_batches
 from jaxdraft.decode.blocks import WithDraft, WrittenInBlocks
 from jaxdraft.decode.driver import Seconds, end_tokens, new_tokens, write_batches
+from jaxdraft.decode.rules import Speculation
 from jaxdraft.distributed import fetch
 from jaxdraft.models.decoder import Decoder, Params
 
@@ -23,11 +24,15 @@ class SpeculativeResult:
       tokens: new tokens, an end token included.
       accepted: draft tokens accepted in each block, before any cut.
       cut: the last block lost tokens to an end token inside it or to the limit; all other blocks are complete.
+      drafted: draft tokens proposed in each block.
+      rejected: the first refused draft token of each block, -1 where all were accepted.
     """
 
     tokens: list[int]
     accepted: list[int]
     cut: bool
+    drafted: list[int]
+    rejected: list[int]
 
     @property
     def complete(self) -> list[int]:
@@ -65,10 +70,11 @@ def speculative_batches(
     draft_params: Params,
     prompts: Sequence[Sequence[int]],
     *,
-    block_size: int,
+    speculation: Speculation,
     max_new_tokens: int | Sequence[int],
     temperature: float | Sequence[float] = 0.0,
     top_p: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
     seed: int = 0,
     example_ids: Sequence[int] | None = None,
     eos_ids: Sequence[int] | None = None,
@@ -85,10 +91,11 @@ def speculative_batches(
       draft_decoder: with ``scan=False`` and the target's vocabulary; it may propose a part of it only.
       draft_params: of ``for_decoding``.
       prompts: token ids, at least one each.
-      block_size: draft tokens proposed per run of the target.
+      speculation: how many tokens the draft proposes per run of the target, how, and how the target verifies.
       max_new_tokens: for all prompts or per prompt.
       temperature: for all prompts or per prompt; 0 is greedy, and all 0 leaves sampling out of the program.
       top_p: for all prompts or per prompt.
+      top_k: for all prompts or per prompt; 0 keeps every token.
       seed: of all randomness.
       example_ids: integers in [0, 2**32) naming each prompt's randomness; ``None`` numbers the prompts.
       eos_ids: tokens that end an answer; ``None`` takes the target's.
@@ -101,12 +108,13 @@ def speculative_batches(
     """
     config = target_decoder.config
     models = target_decoder, target_params, draft_decoder, draft_params
-    writer = WithDraft(*models, block_size, end_tokens(config, eos_ids))
+    writer = WithDraft(*models, speculation, end_tokens(config, eos_ids))
     batches = prompt_batches(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         example_ids=example_ids,
         batch_size=batch_size,
         vocab_size=config.vocabulary,
@@ -119,11 +127,13 @@ def speculative_batches(
 
 def _results(batch: PromptBatch, state: WrittenInBlocks) -> list[SpeculativeResult]:
     tokens = new_tokens(batch, state)
-    accepted, blocks, cut = fetch((state.accepted_BN, state.blocks_B, state.cut_B))
-    return [
-        SpeculativeResult(tokens[row], accepted[row, : blocks[row]].tolist(), bool(cut[row]))
-        for row in range(len(batch.indices))
-    ]
+    of_blocks = state.accepted_BN, state.drafted_BN, state.rejected_BN
+    of_blocks, blocks, cut = fetch((of_blocks, state.blocks_B, state.cut_B))
+    results = []
+    for row in range(len(batch.indices)):
+        accepted, drafted, rejected = (x_BN[row, : blocks[row]].tolist() for x_BN in of_blocks)
+        results.append(SpeculativeResult(tokens[row], accepted, bool(cut[row]), drafted, rejected))
+    return results
 
 
 def token_origins(accepted: Sequence[int], total: int) -> list[bool]:

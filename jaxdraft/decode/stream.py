@@ -25,6 +25,7 @@ from jaxdraft.decode.batching import bucket_length, check_prompt
 from jaxdraft.decode.blocks import WithDraft
 from jaxdraft.decode.driver import Writer, check_finite, end_tokens, on_rows
 from jaxdraft.decode.generate import Alone
+from jaxdraft.decode.rules import Speculation
 from jaxdraft.decode.sampling import Draws, Sampling
 from jaxdraft.decode.score import TopK, TopScores
 from jaxdraft.distributed import fetch
@@ -44,6 +45,7 @@ class Request:
       temperature: 0 is greedy.
       top_p: in (0, 1]; 1 keeps every token.
       example_id: in [0, 2**32), names its randomness.
+      top_k: 0 keeps every token.
 
     Raises:
       ConfigError: a value is out of range.
@@ -55,6 +57,7 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     example_id: int = 0
+    top_k: int = 0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -65,6 +68,8 @@ class Request:
             raise ConfigError(f"{self.key}: top_p must be in (0, 1], not {self.top_p}: 1 keeps every token")
         if not 0 <= self.example_id < 2**32:
             raise ConfigError(f"{self.key}: example_id must be in [0, 2**32), not {self.example_id}")
+        if self.top_k < 0:
+            raise ConfigError(f"{self.key}: top_k must be 0 or more, not {self.top_k}: 0 keeps every token")
 
 
 class Finished(NamedTuple):
@@ -156,7 +161,7 @@ def stream(
         config.check_target()
     writer: Writer = Alone(decoder, params, eos_E, keep)
     if draft is not None:
-        writer = WithDraft(decoder, params, *draft, block_size, eos_E, drafter_invariant=True, keep=keep)
+        writer = WithDraft(decoder, params, *draft, Speculation(block_size), eos_E, drafter_invariant=True, keep=keep)
 
     def checked(request: Request) -> Request:
         check_prompt(request.key, request.tokens, request.max_new_tokens, config.vocabulary, config.max_positions)
@@ -229,11 +234,11 @@ class _Batch:
         sampling, draws = None, None
         if self._seed is not None:
             temperature_B, top_p_B = np.zeros(self._batch_size, np.float32), np.ones(self._batch_size, np.float32)
-            example_ids_B = np.zeros(self._batch_size, np.uint32)
+            top_k_B, example_ids_B = np.zeros(self._batch_size, np.int32), np.zeros(self._batch_size, np.uint32)
             for row, request in self._rows.items():
                 temperature_B[row], top_p_B[row] = request.temperature, request.top_p
-                example_ids_B[row] = request.example_id
-            sampling, draws = Sampling(temperature_B, top_p_B), Draws(np.int32(self._seed), example_ids_B)
+                top_k_B[row], example_ids_B[row] = request.top_k, request.example_id
+            sampling, draws = Sampling(temperature_B, top_p_B, top_k_B), Draws(np.int32(self._seed), example_ids_B)
         with jax.set_mesh(self._writer.mesh):
             self._state = self._writer.write(self._state, sampling, draws, floor)
 

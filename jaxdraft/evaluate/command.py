@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdraft.data.prompts import PromptFile, example_id, read_prompts
-from jaxdraft.decode import generate_batches, speculative_batches, token_origins
+from jaxdraft.decode import Speculation, generate_batches, speculative_batches, token_origins
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
 from jaxdraft.evaluate.tasks import Task
@@ -93,7 +93,7 @@ def sample(
         return
     small = Model.load(draft)
     (batch,) = speculative_batches(
-        big.decoder, big.params, small.decoder, small.params, prompts, block_size=block_size, **settings
+        big.decoder, big.params, small.decoder, small.params, prompts, speculation=Speculation(block_size), **settings
     )
     result = batch.results[0]
     print(_coloured(tokenizer, prompts[0], result.tokens, result.accepted))

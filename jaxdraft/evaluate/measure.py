@@ -15,6 +15,7 @@ from jaxdraft.data.prompts import Prompt, example_id
 from jaxdraft.decode import (
     Acceptance,
     Seconds,
+    Speculation,
     SpeculativeResult,
     acceptance_ratios,
     expected_blocks,
@@ -190,7 +191,7 @@ class Evaluator:
             draft.decoder,
             draft.params,
             baseline.prompt_tokens,
-            block_size=block_size,
+            speculation=Speculation(block_size),
             **self._decoding(baseline.task, baseline.prompts),
         ):
             batches.append((batch.indices, batch.seconds))

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdraft.decode.blocks import WrittenInBlocks, write_in_blocks
 from jaxdraft.decode.generate import Written, prefill, write
+from jaxdraft.decode.rules import Speculation
 from jaxdraft.decode.sampling import Draws, Sampling
 from jaxdraft.decode.score import score_rows
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding, init_params
@@ -224,6 +225,7 @@ def _blocks(
     def lower(rows: int) -> jax.stages.Lowered:
         sampling, draws = _sampled(rows) if sampled else (None, None)
         count, flag = _rows(mesh, (rows,), jnp.int32), _rows(mesh, (rows,), bool)
+        per_block = _rows(mesh, (rows, batch.new), jnp.int32)
         caches = [_cache(*model, rows, slots, mesh) for model in zip(decoders, params, strict=True)]
         state = WrittenInBlocks(
             tokens_BS=_rows(mesh, (rows, batch.slots), jnp.int32),
@@ -231,7 +233,9 @@ def _blocks(
             end_B=count,
             target_cache=caches[0],
             draft_cache=caches[1],
-            accepted_BN=_rows(mesh, (rows, batch.new), jnp.int32),
+            drafted_BN=per_block,
+            accepted_BN=per_block,
+            rejected_BN=per_block,
             blocks_B=count,
             cut_B=flag,
             target_finite_B=flag,
@@ -243,7 +247,7 @@ def _blocks(
             decoders[1],
             params[1],
             state,
-            block_size=block_size,
+            speculation=Speculation(block_size),
             eos_E=np.asarray(target.eos_ids, np.int32),
             sampling=sampling,
             draws=draws,
@@ -311,7 +315,8 @@ def _sampled(rows: int) -> tuple[Sampling, Draws]:
     """As the drivers pass them: from the host, whole on every device."""
     number = jax.ShapeDtypeStruct((rows,), jnp.float32)
     ids: Any = jax.ShapeDtypeStruct((rows,), jnp.uint32)
-    return Sampling(number, number), Draws(np.int32(0), ids)  # type: ignore[arg-type]
+    count = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return Sampling(number, number, count), Draws(np.int32(0), ids)  # type: ignore[arg-type]
 
 
 class Placed(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdraft.decode import Request, generate, speculative_generate, stream
+from jaxdraft.decode import Request, Speculation, generate, speculative_generate, stream
 from jaxdraft.models import Decoder, ModelConfig, for_decoding, init_params
 from jaxdraft.models.decoder import model_shardings
 from jaxdraft.sharding import Load, MeshShape
@@ -47,7 +47,7 @@ def answers(mesh):
     for temperature in (0.0, 0.8):
         how = {"max_new_tokens": NEW, "temperature": temperature, "top_p": 0.9, "batch_size": ROWS}
         found.append(generate(*target, prompts, **how))
-        results = speculative_generate(*target, *draft, prompts, block_size=3, **how)
+        results = speculative_generate(*target, *draft, prompts, speculation=Speculation(3), **how)
         found.append([(result.tokens, result.accepted) for result in results])
     return found + [streamed(target, *how) for how in ((None, 16), (None, UNEVEN), (draft, 16))]
 

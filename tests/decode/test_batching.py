@@ -8,6 +8,7 @@ DEFAULTS = {
     "max_new_tokens": 8,
     "temperature": 0.0,
     "top_p": 1.0,
+    "top_k": 0,
     "example_ids": None,
     "batch_size": 2,
     "vocab_size": 10,
@@ -42,6 +43,7 @@ def test_fillers_are_done_before_they_start():
     assert batch.length_B.tolist() == [3, 1]
     assert batch.end_B.tolist() == [11, 1]
     assert batch.top_p_B.tolist() == [1, 1]
+    assert batch.top_k_B.tolist() == [0, 0]
 
 
 def test_no_prompts_no_batches():
@@ -61,6 +63,7 @@ def test_no_prompts_no_batches():
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
         ({"example_ids": [-1]}, "example_ids"),
         ({"example_ids": [2**32]}, "example_ids"),
         ({"batch_size": 0}, "batch_size"),

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxdraft.decode import acceptance_ratios, expected_blocks, generate, speculative_generate
+from jaxdraft.decode import Speculation, acceptance_ratios, expected_blocks, generate, speculative_generate
 from jaxdraft.models import Decoder
 
 IDS = (1, 2, 5, 6, 7, 11, 12, 13, 15, 18, 19, 22, 23)
@@ -20,7 +20,7 @@ def narrow(tiny):
 
 def test_greedy_text_and_counts(tiny, narrow, prompts):
     own = generate(tiny.target, tiny.target_params, prompts, max_new_tokens=LIMIT)
-    results = speculative_generate(*narrow.models, prompts, block_size=3, max_new_tokens=LIMIT)
+    results = speculative_generate(*narrow.models, prompts, speculation=Speculation(3), max_new_tokens=LIMIT)
     assert [result.tokens for result in results] == own
     ratios = acceptance_ratios(*narrow.models, prompts, own)
     assert [expected_blocks(r.accept_N, 3) for r in ratios] == [len(r.accepted) for r in results]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from jaxdraft.decode import blocks, generate_batches, speculative_batches
+from jaxdraft.decode import Speculation, blocks, generate_batches, speculative_batches
 from jaxdraft.models import Decoder, ModelConfig, for_decoding
 
 V, NEW, DRAWS, ROWS = 4, 3, 200_000, 50_000
@@ -58,7 +58,7 @@ def pvalue(answers, law):
 
 
 def speculate(models):
-    batches = speculative_batches(*models, [PROMPT] * DRAWS, block_size=2, **HOW)
+    batches = speculative_batches(*models, [PROMPT] * DRAWS, speculation=Speculation(2), **HOW)
     return [result.tokens for batch in batches for result in batch.results]
 
 

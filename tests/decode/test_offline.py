@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.decode import (
+    Speculation,
     acceptance,
     acceptance_ratios,
     block_efficiency,
@@ -52,7 +53,9 @@ def test_expected_blocks_of_certain_outcomes():
 
 @pytest.mark.parametrize("end", [(24,), (6,)])
 def test_greedy_counts_equal_the_loops(end, tiny, prompts):
-    results = speculative_generate(*tiny.models, prompts, block_size=4, max_new_tokens=LIMIT, batch_size=8, eos_ids=end)
+    results = speculative_generate(
+        *tiny.models, prompts, speculation=Speculation(4), max_new_tokens=LIMIT, batch_size=8, eos_ids=end
+    )
     ratios = acceptance_ratios(*tiny.models, prompts, [r.tokens for r in results])
     for result, ratio in zip(results, ratios, strict=True):
         assert set(ratio.accept_N.tolist()) <= {0, 1}
@@ -62,7 +65,9 @@ def test_greedy_counts_equal_the_loops(end, tiny, prompts):
 def test_greedy_counts_equal_the_loops_on_real_models(stories):
     prompts = [[1], [1, 403], [1, 410, 300, 280]]
     answers = generate(stories.target, stories.target_params, prompts, max_new_tokens=60, batch_size=3)
-    results = speculative_generate(*stories.models, prompts, block_size=4, max_new_tokens=60, batch_size=3)
+    results = speculative_generate(
+        *stories.models, prompts, speculation=Speculation(4), max_new_tokens=60, batch_size=3
+    )
     ratios = acceptance_ratios(*stories.models, prompts, answers)
     assert [expected_blocks(r.accept_N, 4) for r in ratios] == [len(r.accepted) for r in results]
 
@@ -72,7 +77,7 @@ def test_sampled_block_efficiency_equals_the_loops(tiny):
     prompts = [[i % 24, i // 24] for i in range(count)]
     settings = how | {"max_new_tokens": LIMIT, "batch_size": 8}
     answers = generate(tiny.target, tiny.target_params, prompts, **settings)
-    results = speculative_generate(*tiny.models, prompts, block_size=4, **settings)
+    results = speculative_generate(*tiny.models, prompts, speculation=Speculation(4), **settings)
     ratios = acceptance_ratios(*tiny.models, prompts, answers, **how)
     offline = np.asarray([expected_blocks(r.accept_N, 4) for r in ratios])
     online = np.asarray([len(r.accepted) for r in results])

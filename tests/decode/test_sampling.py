@@ -10,8 +10,9 @@ from jaxdraft.decode.sampling import Sampling, draw, position_keys, probabilitie
 probabilities = jax.jit(probabilities)
 
 
-def settings(rows, temperature=1.0, top_p=1.0):
-    return Sampling(jnp.full(rows, temperature, jnp.float32), jnp.full(rows, top_p, jnp.float32))
+def settings(rows, temperature=1.0, top_p=1.0, top_k=0):
+    number = lambda x: jnp.full(rows, x, jnp.float32)
+    return Sampling(number(temperature), number(top_p), jnp.full(rows, top_k, jnp.int32))
 
 
 def softmax(logits):
@@ -50,9 +51,35 @@ def test_top_p_keeps_every_token_of_a_tie():
     np.testing.assert_allclose(probabilities(jnp.log(probs), settings(1, 1.0, 0.3)), [[1, 0, 0, 0]])
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 50, 499, 500, 600])
+def test_top_k_equals_the_sorting_version(top_k):
+    logits = np.random.default_rng(0).normal(0, 3, (64, 500)).astype(np.float32)
+    kept = np.argsort(np.argsort(-logits, axis=-1), axis=-1) < top_k
+    expected = softmax(np.where(kept, logits.astype(np.float64), -np.inf))
+    np.testing.assert_allclose(probabilities(logits, settings(64, 1.0, 1.0, top_k)), expected, rtol=1e-5)
+
+
+def test_top_k_keeps_every_token_of_a_tie():
+    got = probabilities(jnp.log(jnp.asarray([[0.4, 0.2, 0.2, 0.15, 0.05]])), settings(1, 1.0, 1.0, 2))
+    np.testing.assert_allclose(got, [[0.5, 0.25, 0.25, 0, 0]], rtol=1e-6)
+
+
+def test_top_k_comes_before_top_p_which_is_of_what_it_left():
+    logits = np.log(np.asarray([[0.4, 0.3, 0.2, 0.1]], np.float32))
+    np.testing.assert_allclose(probabilities(logits, settings(1, 1.0, 0.5, 2)), [[1, 0, 0, 0]])  # 4/7 of the mass
+    np.testing.assert_allclose(probabilities(logits, settings(1, 1.0, 0.5)), [[4 / 7, 3 / 7, 0, 0]], rtol=1e-6)
+
+
+def test_top_k_zero_keeps_every_token_beside_rows_that_cut():
+    logits = np.random.default_rng(0).normal(0, 3, (2, 50)).astype(np.float32)
+    whole, cut = probabilities(logits, Sampling(np.ones(2, np.float32), np.ones(2, np.float32), np.asarray([0, 3])))
+    np.testing.assert_array_equal(whole, probabilities(logits[:1], settings(1))[0])
+    assert np.count_nonzero(cut) == 3
+
+
 def test_top_p_one_keeps_every_token_beside_rows_that_cut():
     logits = jnp.asarray([[0.0, -30.0], [0.0, -30.0]])
-    got = probabilities(logits, Sampling(jnp.ones(2), jnp.asarray([1.0, 0.5])))
+    got = probabilities(logits, Sampling(jnp.ones(2), jnp.asarray([1.0, 0.5]), jnp.zeros(2, jnp.int32)))
     assert got[0, 1] > 0
     assert got[1, 1] == 0
 
@@ -74,10 +101,10 @@ def test_temperature_zero_and_nearly_zero_are_the_argmax(temperature):
 
 def test_rows_and_positions_have_their_own_settings():
     logits = np.random.default_rng(0).normal(0, 2, (3, 4, 10)).astype(np.float32)
-    mixed = Sampling(jnp.asarray([0.0, 0.5, 2.0]), jnp.asarray([1.0, 0.7, 1.0]))
+    mixed = Sampling(jnp.asarray([0.0, 0.5, 2.0]), jnp.asarray([1.0, 0.7, 1.0]), jnp.asarray([0, 0, 3]))
     got = probabilities(jnp.asarray(logits), mixed)
     for row in range(3):
-        alone = Sampling(mixed.temperature_B[row : row + 1], mixed.top_p_B[row : row + 1])
+        alone = Sampling(*(x[row : row + 1] for x in mixed))
         for position in range(4):
             one = probabilities(jnp.asarray(logits[row : row + 1, position]), alone)
             np.testing.assert_allclose(got[row, position], one[0], rtol=1e-6)

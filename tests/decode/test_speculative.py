@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdraft.decode import generate, speculative_batches, speculative_generate, token_origins
-from jaxdraft.decode.blocks import WrittenInBlocks, write_in_blocks
+from jaxdraft.decode import Speculation, generate, speculative_batches, speculative_generate, token_origins
+from jaxdraft.decode.blocks import WithDraft, WrittenInBlocks, write_in_blocks
+from jaxdraft.decode.generate import Alone, write
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, init_cache
 
@@ -14,7 +15,7 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.9}
 
 def decode(pair, prompts, block_size=4, **settings):
     settings = {"max_new_tokens": LIMIT, "batch_size": 8} | settings
-    return speculative_generate(*pair.models, prompts, block_size=block_size, **settings)
+    return speculative_generate(*pair.models, prompts, speculation=Speculation(block_size), **settings)
 
 
 def twins(pair):
@@ -92,17 +93,58 @@ def test_rows_of_temperature_zero_are_greedy_beside_sampled_ones(tiny, prompts, 
     assert texts[1::2] != by_hand[1::2]
 
 
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_written_a_few_steps_at_a_time(with_draft, tiny, prompts):
+    """The same text by the same program, whatever number of steps it is asked for."""
+    eos_E = np.asarray((), np.int32)
+    writer = WithDraft(*tiny.models, Speculation(4), eos_E) if with_draft else Alone(*tiny.models[:2], eos_E)
+    program = write_in_blocks if with_draft else write
+    tokens, length, end = np.asarray([p[:1] for p in prompts]), np.full(11, 1, np.int32), np.full(11, 25, np.int32)
+    begin = lambda: writer.start(tokens, length, end, 25)
+    with jax.set_mesh(writer.mesh):
+        whole = writer.write(begin(), None, None)
+        before = program._cache_size()
+        state = begin()
+        for most in (2, 0, 1, 3, 24):
+            steps = state.steps_B.max()
+            state = writer.write(state, None, None, most=most)
+            assert state.steps_B.max() == min(steps + most, whole.steps_B.max())
+    assert program._cache_size() == before
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+
+
+def test_what_was_drafted_and_refused_in_each_block(tiny, prompts, by_hand):
+    alone = generate(
+        tiny.draft, tiny.draft_params, [[*p, *t[:9]] for p, t in zip(prompts, by_hand, strict=True)], max_new_tokens=4
+    )
+    for result, text, draft in zip(decode(tiny, prompts), by_hand, alone, strict=True):
+        assert result.drafted == [4] * len(result.accepted)
+        assert [token >= 0 for token in result.rejected] == [count < 4 for count in result.accepted]
+        ends = np.cumsum([count + 1 for count in result.accepted])
+        for start, count, token in zip([0, *ends], result.accepted, result.rejected, strict=False):
+            if start + count < LIMIT:
+                assert token != text[start + count]
+            if start == 9 and count < 4:
+                assert token == draft[count]
+
+
 def test_one_compilation_per_bucket_and_block_size(tiny, prompts):
     decode(tiny, prompts)
     before = write_in_blocks._cache_size()
     decode(tiny, prompts[:2], eos_ids=(3,))
     decode(twins(tiny), prompts[::-1], max_new_tokens=[LIMIT] + [2] * (len(prompts) - 1))
-    list(speculative_batches(*tiny.models, prompts, block_size=4, max_new_tokens=LIMIT, batch_size=8, repeats=3))
+    list(
+        speculative_batches(
+            *tiny.models, prompts, speculation=Speculation(4), max_new_tokens=LIMIT, batch_size=8, repeats=3
+        )
+    )
     assert write_in_blocks._cache_size() == before
 
 
 def test_batches_match_those_of_plain_generation_and_carry_times(tiny, prompts):
-    batches = list(speculative_batches(*tiny.models, prompts, block_size=4, max_new_tokens=LIMIT, batch_size=8))
+    batches = list(
+        speculative_batches(*tiny.models, prompts, speculation=Speculation(4), max_new_tokens=LIMIT, batch_size=8)
+    )
     assert [batch.indices for batch in batches] == [list(range(8)), [8, 9, 10]]
     assert all(batch.seconds.decode > 0 and batch.seconds.prefill > 0 for batch in batches)
     assert [batch.seconds.compile > 0 for batch in batches] == [True, False]
@@ -138,9 +180,11 @@ def test_real_models_write_what_the_target_writes(stories):
 def test_the_loop_holds_one_pair_of_caches(tiny):
     B, S, zeros, ones = 4, 10_000, jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
     caches = [init_cache(tiny.target.config, B, S + 5, jnp.float32) for _ in range(2)]
-    tokens, accepted = jnp.zeros((B, S), jnp.int32), jnp.zeros((B, S), jnp.int32)
-    state = WrittenInBlocks(tokens, zeros + 1, zeros + 2, *caches, accepted, zeros, zeros > 0, ones, ones)
-    program = write_in_blocks.lower(*tiny.models, state, block_size=4, eos_E=zeros, sampling=None, draws=None)
+    tokens = jnp.zeros((B, S), jnp.int32)
+    state = WrittenInBlocks(tokens, zeros + 1, zeros + 2, *caches, tokens, tokens, tokens, zeros, zeros > 0, ones, ones)
+    program = write_in_blocks.lower(
+        *tiny.models, state, speculation=Speculation(4), eos_E=zeros, sampling=None, draws=None
+    )
     memory = program.compile().memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= held

@@ -33,6 +33,7 @@ def requests():
             temperature=(0.0, 0.7, 1.3)[i % 3],
             top_p=(1.0, 0.9)[i % 2],
             example_id=1000 - i,
+            top_k=(0, 0, 0, 0, 5)[i % 5],
         )
         for i in range(40)
     ]
@@ -48,6 +49,7 @@ def expected(tiny, requests):
         max_new_tokens=[request.max_new_tokens for request in requests],
         temperature=[request.temperature for request in requests],
         top_p=[request.top_p for request in requests],
+        top_k=[request.top_k for request in requests],
         example_ids=[request.example_id for request in requests],
         eos_ids=END,
     )
@@ -228,6 +230,7 @@ def test_broken_weights_are_an_error_that_names_the_keys(broken, tiny, requests)
         ({"temperature": 0.5, "sampled": False}, "mine: temperature is 0.5, and sampled=False"),
         ({"top_p": 0}, "mine: top_p"),
         ({"example_id": 2**32}, "mine: example_id"),
+        ({"top_k": -1}, "mine: top_k"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"block_size": 0}, "block_size is 0"),
     ],

@@ -45,6 +45,11 @@ def answer(rng: np.random.Generator, block_size: int) -> tuple[list[int], list[i
     return [7] * LIMIT, accepted
 
 
+def result_of(tokens: list[int], accepted: list[int], block_size: int) -> SpeculativeResult:
+    is_cut, blocks = sum(accepted) + len(accepted) > len(tokens), len(accepted)
+    return SpeculativeResult(tokens, accepted, is_cut, drafted=[block_size] * blocks, rejected=[-1] * blocks)
+
+
 def make_run(folder: Path, stages: list[dict[str, Any]], prompts: int = 6) -> Path:
     """A run whose stages are trained and measured."""
     rng = np.random.default_rng(0)
@@ -61,7 +66,7 @@ def make_run(folder: Path, stages: list[dict[str, Any]], prompts: int = 6) -> Pa
             results = []
             for prompt in range(prompts):
                 tokens, accepted = answer(rng, block_size)
-                results.append(SpeculativeResult(tokens, accepted, sum(accepted) + len(accepted) > LIMIT))
+                results.append(result_of(tokens, accepted, block_size))
                 line = {"id": prompt, **setting, "prompt_tokens": [1], "tokens": tokens, "accepted": accepted}
                 line |= {"target_tokens": 30, "expected_blocks": 30 / rng.uniform(1.5, 2), "overlap_sum": 12.0}
                 samples.append(line)
@@ -129,7 +134,7 @@ def test_pooled_values_are_the_sums_over_seeds_and_prompts(tmp_path: Path) -> No
             if line["draft"] in drafts and (line["task"], line["block_size"]) == (task, block_size)
         ]
         answers = [(line["tokens"], line["accepted"]) for line in lines]
-        results = [SpeculativeResult(t, a, sum(a) + len(a) > len(t)) for t, a in answers]
+        results = [result_of(t, a, block_size) for t, a in answers]
         assert any(result.cut for result in results)
         expected = acceptance_metrics(results, block_size, RATIO)
         for name in ("acceptance_rate", "block_efficiency", "mbsu"):

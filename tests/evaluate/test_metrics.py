@@ -9,8 +9,8 @@ from jaxdraft.evaluate import metrics
 from jaxdraft.evaluate.tasks import Task
 
 RESULTS = [
-    SpeculativeResult(tokens=[1] * 7, accepted=[3, 2], cut=False),
-    SpeculativeResult(tokens=[1] * 6, accepted=[0, 3, 2], cut=True),
+    SpeculativeResult(tokens=[1] * 7, accepted=[3, 2], cut=False, drafted=[3, 3], rejected=[-1, 1]),
+    SpeculativeResult(tokens=[1] * 6, accepted=[0, 3, 2], cut=True, drafted=[3, 3, 3], rejected=[1, -1, 1]),
 ]
 
 
@@ -57,7 +57,7 @@ def test_one_prompt_has_an_interval_without_width():
 
 
 def test_what_cannot_be_said_is_null():
-    cut = [SpeculativeResult(tokens=[1], accepted=[2], cut=True)]
+    cut = [SpeculativeResult(tokens=[1], accepted=[2], cut=True, drafted=[3], rejected=[1])]
     found = metrics.acceptance_metrics(cut, block_size=3, ratio=0.1)
     assert found["acceptance_rate"] is None
     assert found["acceptance_by_position"] == [None] * 3
