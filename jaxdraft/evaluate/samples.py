@@ -10,10 +10,10 @@ from jaxdraft.tokenizers import Tokenizer, load_tokenizer
 
 SHOWN_WITHOUT_SCRIPT = 2  # answers of each task
 
-_MOST = 600  # answers on the page
-_PROMPTS = (2, 8)  # of each task, at least and at most
+_MOST_TOKENS = 80_000  # on the page
+_PROMPTS = (2, 8)  # of each task, at least and at most, whatever their length
 _LONGEST_PROMPT = 1200  # characters shown
-_WINDOW, _CONTEXT = 64, 8  # tokens decoded at once, and those before them
+_CONTEXT = 8  # tokens before a text that is decoded
 
 
 class Block(NamedTuple):
@@ -151,22 +151,21 @@ def blocks(tokenizer: Tokenizer, line: Mapping[str, Any]) -> list[Block]:
     found, start = [], 0
     for count, proposed, token in zip(accepted, drafted, refused, strict=True):
         end = min(start + count, len(tokens))
-        before = [*prompt[-_CONTEXT:], *tokens[:end]][-_CONTEXT:]
         is_shown = token >= 0 and end < len(tokens)
-        struck = _named(tokenizer, token, tokenizer.fragments([*before, token])[-1]) if is_shown else None
+        struck = _texts(tokenizer, [*prompt, *tokens[:end]], [token])[0] if is_shown else None
         own = texts[end] if end < len(tokens) else None
         found.append(Block(proposed, end - start, "".join(texts[start:end]), struck, own))
         start = end + 1
     return found
 
 
-def _texts(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> list[str]:
-    """The text of each new token, a window at a time: decoding is linear in what is decoded."""
-    before, texts = list(prompt), list[str]()
-    for start in range(0, len(tokens), _WINDOW):
-        context, window = before[-_CONTEXT:], tokens[start : start + _WINDOW]
-        texts += tokenizer.fragments([*context, *window])[len(context) :]
-        before += window
+def _texts(tokenizer: Tokenizer, before: Sequence[int], tokens: Sequence[int]) -> list[str]:
+    """The text of each token, decoded after a few of those before it that do not begin within a character."""
+    start = max(0, len(before) - _CONTEXT)
+    while start and tokenizer.decode(before[start:]).startswith("\N{REPLACEMENT CHARACTER}"):
+        start -= 1
+    context = before[start:]
+    texts = tokenizer.fragments([*context, *tokens])[len(context) :]
     return [_named(tokenizer, token, text) for token, text in zip(tokens, texts, strict=True)]
 
 
@@ -177,8 +176,9 @@ def _named(tokenizer: Tokenizer, token: int, text: str) -> str:
 def _chosen(lines: Sequence[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
     """The first prompts of each task, so many that the page stays small; of several batch sizes the first."""
     settings = {_setting(line) for line in lines}
+    mean = sum(len(line["tokens"]) for line in lines) / max(1, len(lines))
     least, most = _PROMPTS
-    limit = max(least, min(most, _MOST // max(1, len(settings))))
+    limit = max(least, min(most, int(_MOST_TOKENS / max(1, len(settings) * mean))))
     ids: dict[tuple[Any, ...], list[str]] = {}
     for line in lines:
         shown = ids.setdefault(_setting(line), [])
