@@ -120,8 +120,10 @@ class Recipe:
             self._check_reference("tokenizer", self.tokenizer, earlier, (TrainTokenizer,))
         trained = [stage.name for stage in self.stages if isinstance(stage, Train)]
         evaluations = [stage for stage in self.stages if isinstance(stage, Evaluate)]
-        for reproduction in self.reproduces:
+        for i, reproduction in enumerate(self.reproduces):
             reproduction.check(trained, evaluations)
+            if any(other.published is reproduction.published for other in self.reproduces[:i]):
+                raise ConfigError(f"reproduces names {reproduction.paper}, {reproduction.exhibit} twice")
 
     def stage(self, name: str) -> Stage:
         """The stage of that name.

@@ -104,7 +104,7 @@ class RunDirectory:
       while_learning: the lines of block_efficiency.jsonl with ``draft``, the stage that wrote it.
       parameters: draft stage -> {"target", "draft", "ratio"}.
       circumstances: draft stage -> what all its results have in common, such as the number format and the devices.
-      perplexity: draft stage -> its perplexity, where it was measured.
+      perplexity: draft stage -> ``perplexity`` and its interval, where it was measured.
     """
 
     folder: Path
@@ -118,7 +118,7 @@ class RunDirectory:
     while_learning: list[dict[str, Any]]
     parameters: dict[str, dict[str, float]]
     circumstances: dict[str, dict[str, Any]]
-    perplexity: dict[str, float]
+    perplexity: dict[str, dict[str, Any]]
 
     def stage(self, name: str) -> Stage | None:
         """The stage called ``name``."""
@@ -217,7 +217,8 @@ def read_run(folder: Path) -> RunDirectory:
             parameters[draft] = content["parameters"]
             circumstances[draft] = content.get("settings", {})
             if content.get("perplexity") is not None:
-                perplexity[draft] = content["perplexity"]
+                found = content["perplexity"]
+                perplexity[draft] = found if isinstance(found, dict) else {"perplexity": found}
     return RunDirectory(
         folder,
         recipe,

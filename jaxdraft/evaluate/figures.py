@@ -11,6 +11,7 @@ from jaxdraft.evaluate.plotting import COLOURS, INK, MARKERS, Look, Picture, leg
 from jaxdraft.evaluate.words import decoding, number
 
 _MOST_NUMBERS = 12  # bars that have their number above them
+_MOST_UPRIGHT = 4  # groups of bars whose names stand upright
 _TALL = 3.5  # inches
 
 
@@ -42,22 +43,28 @@ def draw_bars(
     groups = list(dict.fromkeys((row["task"], decoding(row)) for row in rows))
     drafts = list(dict.fromkeys(row["draft"] for row in rows))
     width = 0.8 / len(drafts)
+    is_named = len(rows) <= _MOST_NUMBERS and not any(row.get("paper") is not None for row in rows)
+    again = {draft for i, draft in enumerate(drafts) if look_of(known, draft).colour in _colours(known, drafts[:i])}
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.grid(visible=False, axis="x")
         for i, draft in enumerate(drafts):
-            look = look_of(known, draft)
+            look, hatch = look_of(known, draft), "////" if draft in again else ""
             for row in (row for row in rows if row["draft"] == draft):
                 place = groups.index((row["task"], decoding(row))) + (i - (len(drafts) - 1) / 2) * width
                 if row.get(metric) is not None:
-                    _bar(axes, place, 0.9 * width, row, metric, look, len(rows) <= _MOST_NUMBERS)
+                    _bar(axes, place, 0.9 * width, row, metric, look, is_named, hatch)
                 if row.get("paper") is not None:
                     mark = {"markerfacecolor": "white", "markeredgecolor": INK, "markersize": 5, "zorder": 3}
                     axes.plot(place, row["paper"], "D", linestyle="", label=once(axes, printed), **mark)
         if beside_alone:
             mark_target_alone(axes)
-        axes.set_xticks(range(len(groups)), [f"{textwrap.fill(task, 14)}\n({how})" for task, how in groups])
+        if len(groups) <= _MOST_UPRIGHT:
+            axes.set_xticks(range(len(groups)), [f"{textwrap.fill(task, 14)}\n({how})" for task, how in groups])
+        else:
+            slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
+            axes.set_xticks(range(len(groups)), [f"{task}\n({how})" for task, how in groups], **slanted)
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, top)
         axes.set_ylabel(label)
@@ -67,13 +74,28 @@ def draw_bars(
     return plotting.picture(file, f"{title}, {label}, by task and draft", draw, _TALL)
 
 
-def _bar(axes: Any, place: float, width: float, row: Mapping[str, Any], metric: str, look: Look, named: bool) -> None:
-    axes.bar(place, row[metric], width, color=look.colour, label=once(axes, look.label))
+def _colours(known: Mapping[str, Look], drafts: Sequence[str]) -> set[str]:
+    return {look_of(known, draft).colour for draft in drafts}
+
+
+def _bar(
+    axes: Any,
+    place: float,
+    width: float,
+    row: Mapping[str, Any],
+    metric: str,
+    look: Look,
+    is_named: bool,
+    hatch: str = "",
+) -> None:
+    """A bar with its interval and, where there is room, its number; hatched where another has its colour."""
+    edge = {"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {}
+    axes.bar(place, row[metric], width, color=look.colour, label=once(axes, look.label), **edge)
     end = row[metric]
     if interval := row.get(f"{metric}_ci95"):
         axes.vlines(place, *interval, color=INK, linewidth=1.2)
         end = max(end, interval[1])
-    if named:
+    if is_named:
         offset = {"xytext": (0, 2), "textcoords": "offset points"}
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
         axes.annotate(number(row[metric]), (place, end), **offset, ha="center", fontsize=7, color=INK, bbox=ground)
@@ -118,7 +140,7 @@ def draw_classes(file: str, rows: Sequence[Mapping[str, Any]], known: Mapping[st
                     left = place + (i - (len(rows) - 1) / 2) * width
                     _bar(axes, left, 0.9 * width, found, "rate", look, len(rows) * len(kinds) <= _MOST_NUMBERS)
         most = {kind: max(_proposed(row, kind) for row in rows) for kind in kinds}
-        axes.set_xticks(range(len(kinds)), [f"{kind}\n(n ≤ {most[kind]:,})" for kind in kinds], fontsize=8)
+        axes.set_xticks(range(len(kinds)), [f"{kind}\n≤ {most[kind]:,} proposed" for kind in kinds], fontsize=8)
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("accepted, share of those proposed")
@@ -165,16 +187,13 @@ def draw_speedups(file: str, curves: Sequence[Mapping[str, Any]], title: str) ->
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for i, found in enumerate(curves):
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            points = found["curve"]
+            colour, marker, points = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], found["curve"]
             sizes, heights = zip(*[(point["block_size"], point["predicted_speedup"]) for point in points], strict=True)
-            axes.plot(sizes, heights, color=colour, label=f"batch {found['batch_size']}, predicted")
             best, height = max(zip(sizes, heights, strict=True), key=lambda pair: pair[1])
+            said = f"best γ = {best} ({number(height)}×)" if best else "best without a draft"
+            axes.plot(sizes, heights, color=colour, label=f"batch {found['batch_size']}, predicted: {said}")
             star = {"color": colour, "markersize": 12, "markeredgecolor": INK, "markeredgewidth": 0.6, "zorder": 4}
             axes.plot(best, height, "*", **star)
-            name = f"best γ = {best}: {number(height)}×" if best else "best without a draft"
-            offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center" if best else "left"}
-            axes.annotate(name, (best, height), **offset, fontsize=8, color=colour, fontweight="bold")
             measured = [point for point in points if point.get("measured_speedup") is not None]
             for point in measured:
                 if interval := point.get("measured_speedup_ci95"):
@@ -184,8 +203,8 @@ def draw_speedups(file: str, curves: Sequence[Mapping[str, Any]], title: str) ->
             axes.plot(*places, marker, **style, label=f"batch {found['batch_size']}, measured")
         mark_target_alone(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
-        axes.margins(y=0.15)
         axes.set_xlabel("γ, draft tokens per block")
         axes.set_ylabel("times the target alone")
         axes.set_title(title)

@@ -19,6 +19,7 @@ HEIGHT = 3.2  # inches
 _WIDTH = 4.5
 _OTHERS = ("#7A7A7A", "#000000", "#A6761D", "#B8B8B8")
 _LONGEST_OF_TWO = 30  # characters of a legend's label with another beside it
+_LINES, _LINE = 3, 0.19  # of a legend for which there is room, and the inches of another
 _STYLE = {
     "figure.dpi": 160,
     "font.size": 10,
@@ -84,10 +85,12 @@ def once(axes: Any, label: str) -> str:
 
 
 def legend(figure: Any, axes: Any) -> None:
-    """A legend below everything, in two columns where the labels are short."""
+    """A legend below everything, in two columns where the labels are short; a long one makes the figure taller."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 1 if max(map(len, labels), default=0) > _LONGEST_OF_TWO else 2
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    lines = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + _LINE * max(0, lines - _LINES))
 
 
 def mark_target_alone(axes: Any) -> None:

@@ -28,17 +28,12 @@ from jaxdraft.evaluate.dataset_report import (
     text_table,
 )
 from jaxdraft.evaluate.markdown import markdown
+from jaxdraft.evaluate.paper_figures import paper_pictures
 from jaxdraft.evaluate.pictures import pictures
 from jaxdraft.evaluate.plotting import Picture, looks
-from jaxdraft.evaluate.reproduction import (
-    agreements,
-    csv_rows,
-    differences,
-    paper_pictures,
-    reproductions,
-    result_tables,
-)
+from jaxdraft.evaluate.reproduction import csv_rows, reproductions, result_tables
 from jaxdraft.evaluate.samples import first_of_each_task, samples, viewer
+from jaxdraft.evaluate.set_up import agreements, differences
 from jaxdraft.evaluate.tables import (
     block_size_table,
     comparison_tables,
@@ -61,7 +56,8 @@ def write_report(workdir: Path) -> Path:
       ConfigError: ``workdir`` is not a run directory, or a file in it cannot be read.
     """
     run = read_run(Path(workdir))
-    summary, comparison, reproduced = summarise(run), compare(run), reproductions(run)
+    summary, comparison = summarise(run), compare(run)
+    reproduced = reproductions(run, comparison)
     few = fewer_drafts(run, summary.baseline)
     found = {
         "answer_lengths": length_pictures(run.stages),

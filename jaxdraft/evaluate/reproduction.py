@@ -1,22 +1,28 @@
-"""A paper's table or figure beside ours: the numbers of both, what differs in how they came about, and pictures."""
+"""A paper's table or figure beside ours: the numbers of both."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxdraft.evaluate.collect import RunDirectory, Stage
-from jaxdraft.evaluate.figures import draw_bars
+from jaxdraft.evaluate.collect import RunDirectory
+from jaxdraft.evaluate.comparison import group_by_seed
 from jaxdraft.evaluate.papers import TASKS, Column, Paper, Reproduction, Row, papers
-from jaxdraft.evaluate.plotting import COLOURS, MARKERS, Look, Picture
-from jaxdraft.evaluate.tables import Cell, Table, headings, measured
-from jaxdraft.evaluate.training_figures import draw_growth
-from jaxdraft.evaluate.words import amount, count, decoding, number
-
-_NOT_SAID = "not said"
+from jaxdraft.evaluate.tables import Cell, Table, measured
+from jaxdraft.evaluate.words import decoding, listed, number
 
 
-class _Metric(NamedTuple):
+class Metric(NamedTuple):
+    """How a metric is written.
+
+    Attributes:
+      name: of it.
+      unit: in words.
+      digits: after the point.
+      beside_alone: whether the target alone has 1.
+      lowest: whether the lowest is the best.
+    """
+
     name: str
     unit: str
     digits: int
@@ -24,18 +30,18 @@ class _Metric(NamedTuple):
     lowest: bool = False
 
 
-_METRICS = {
-    "acceptance_rate": _Metric("Acceptance rate", "share of draft tokens accepted", 3),
-    "block_efficiency": _Metric("Block efficiency", "tokens per run of the target", 2, beside_alone=True),
-    "mbsu": _Metric("MBSU", "times the target alone", 2, beside_alone=True),
-    "token_rate_ratio": _Metric("Token rate", "times the target alone", 2, beside_alone=True),
-    "perplexity": _Metric("Perplexity", "lower is better", 1, lowest=True),
-    "hidden_size": _Metric("Hidden size", "", 0),
-    "intermediate_size": _Metric("MLP width", "", 0),
-    "num_layers": _Metric("Layers", "", 0),
-    "num_heads": _Metric("Attention heads", "", 0),
-    "num_kv_heads": _Metric("Key/value heads", "", 0),
-    "vocab_size": _Metric("Vocabulary", "", 0),
+METRICS = {
+    "acceptance_rate": Metric("Acceptance rate", "share of draft tokens accepted", 3),
+    "block_efficiency": Metric("Block efficiency", "tokens per run of the target", 2, beside_alone=True),
+    "mbsu": Metric("MBSU", "times the target alone", 2, beside_alone=True),
+    "token_rate_ratio": Metric("Token rate", "times the target alone", 2, beside_alone=True),
+    "perplexity": Metric("Perplexity", "lower is better", 1, lowest=True),
+    "hidden_size": Metric("Hidden size", "", 0),
+    "intermediate_size": Metric("MLP width", "", 0),
+    "num_layers": Metric("Layers", "", 0),
+    "num_heads": Metric("Attention heads", "", 0),
+    "num_kv_heads": Metric("Key/value heads", "", 0),
+    "vocab_size": Metric("Vocabulary", "", 0),
 }
 
 
@@ -88,7 +94,7 @@ class Reproduced:
         """What is measured in a column: the paper's task, or what stands for it."""
         theirs = TASKS[str(column.task)]
         results = [cell["result"] for (_, other), cell in self.cells.items() if other == column]
-        ours = _listed(row["task"] for row in results)
+        ours = listed(row["task"] for row in results)
         return theirs if ours.split(",")[0] == column.task else f"{ours} for {theirs}"
 
     @property
@@ -105,9 +111,22 @@ class Reproduced:
         return notes
 
 
-def reproductions(run: RunDirectory) -> list[Reproduced]:
-    """Those that the recipe declares and of which there is at least one number."""
-    found = [_reproduced(run, _declared(given)) for given in run.recipe.get("reproduces", ())]
+def reproductions(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> list[Reproduced]:
+    """Those that the recipe declares and of which there is at least one number.
+
+    Args:
+      run: the run.
+      comparison: of its drafts pooled over seeds: a row that names one of several stands for all of them.
+    """
+    groups = {draft: group.name for group in group_by_seed(run, run.drafts) for draft in group.drafts}
+    results: dict[str, list[Mapping[str, Any]]] = {
+        draft: [
+            *(row for row in comparison if row["group"] == groups.get(draft) and row["seeds"] > 1),
+            *(row for row in run.distinct_results if row["draft"] == draft),
+        ]
+        for draft in run.drafts
+    }
+    found = [_reproduced(run, _declared(given), results) for given in run.recipe.get("reproduces", ())]
     return [reproduced for reproduced in found if reproduced.cells]
 
 
@@ -115,30 +134,43 @@ def _declared(given: Mapping[str, Any]) -> Reproduction:
     return Reproduction(**{key: value for key, value in given.items() if key != "type"})
 
 
-def _reproduced(run: RunDirectory, declared: Reproduction) -> Reproduced:
+def _reproduced(
+    run: RunDirectory, declared: Reproduction, results: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Reproduced:
     cells = {}
     for column in declared.published.columns:
         for name, draft in declared.rows.items():
-            if (cell := _ours(run, declared, column, draft)) is not None:
+            if column.task is None or column.block_size is None:
+                cell = _of_draft(run, column, draft)
+            else:
+                cell = _of_task(declared, column, results.get(draft, ()))
+            if cell is not None:
                 cells[name, column] = cell
     columns = [column for column in declared.published.columns if any(column == place[1] for place in cells)]
     return Reproduced(declared, run, columns, cells)
 
 
-def _ours(run: RunDirectory, declared: Reproduction, column: Column, draft: str) -> dict[str, Any] | None:
-    """Our number in a cell."""
+def _of_draft(run: RunDirectory, column: Column, draft: str) -> dict[str, Any] | None:
+    """A dimension of the draft, or its perplexity."""
     if column.metric == "perplexity":
-        return {"value": run.perplexity[draft]} if draft in run.perplexity else None
-    if column.task is None:
-        size = run.shapes(draft)["draft"].get(_METRICS[column.metric].name)
-        return None if size is None else {"value": size}
-    rows = [row for row in run.distinct_results if row["draft"] == draft and row["block_size"] == column.block_size]
+        return _with_interval(run.perplexity.get(draft, {}), "perplexity")
+    size = run.shapes(draft)["draft"].get(METRICS[column.metric].name)
+    return None if size is None else {"value": size}
+
+
+def _of_task(declared: Reproduction, column: Column, results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What was measured by decoding."""
+    rows = [row for row in results if row["block_size"] == column.block_size and row.get(column.metric) is not None]
     wanted = declared.task_for(column, [(row["task"], row.get("temperature", 0)) for row in rows])
     row = next((row for row in rows if (row["task"], row.get("temperature", 0)) == wanted), None)
-    if row is None or row.get(column.metric) is None:
+    return None if row is None else {"result": row, **(_with_interval(row, column.metric) or {})}
+
+
+def _with_interval(row: Mapping[str, Any], metric: str) -> dict[str, Any] | None:
+    if row.get(metric) is None:
         return None
-    interval = row.get(f"{column.metric}_ci95")
-    return {"value": row[column.metric], "result": row, **({"value_ci95": interval} if interval else {})}
+    interval = row.get(f"{metric}_ci95")
+    return {"value": row[metric], **({"value_ci95": interval} if interval else {})}
 
 
 def result_tables(found: Reproduced) -> dict[str, Table]:
@@ -150,7 +182,7 @@ def result_tables(found: Reproduced) -> dict[str, Table]:
     tables = {}
     for i, metric in enumerate(decoded or [""]):
         columns = [c for c in found.columns if c.metric == metric or (i == 0 and c.block_size is None)]
-        known = _METRICS.get(metric)
+        known = METRICS.get(metric)
         tables[f"{known.name}, {known.unit}" if known else found.declared.published.title] = _table(found, columns)
     return tables
 
@@ -158,7 +190,7 @@ def result_tables(found: Reproduced) -> dict[str, Table]:
 def _table(found: Reproduced, columns: Sequence[Column]) -> Table:
     lines = [[Cell(row.name, draft)] for row, draft in found.rows]
     for column in columns:
-        metric = _METRICS[column.metric]
+        metric = METRICS[column.metric]
         values = [cell["value"] for (_, other), cell in found.cells.items() if other == column]
         best = None if column.task is None else min(values) if metric.lowest else max(values)
         for line, (row, _) in zip(lines, found.rows, strict=True):
@@ -171,104 +203,9 @@ def _table(found: Reproduced, columns: Sequence[Column]) -> Table:
 
 def _heading(found: Reproduced, column: Column) -> Cell:
     if column.block_size is None:
-        return Cell(_METRICS[column.metric].name, TASKS.get(str(column.task), ""))
+        return Cell(METRICS[column.metric].name, TASKS.get(str(column.task), ""))
     how = decoding({"temperature": column.temperature})
     return Cell(found.task_name(column), f"γ = {column.block_size}, {how}")
-
-
-class SetUp(NamedTuple):
-    """One thing about how numbers came about, here and in the paper."""
-
-    what: str
-    ours: str
-    theirs: str
-
-
-def differences(found: Reproduced) -> Table:
-    """What differs in set-up between the run and the paper."""
-    rows = [[Cell(what), Cell(ours), Cell(theirs)] for what, ours, theirs in _set_up(found) if ours != theirs]
-    return Table(headings("Set-up", "Here", f"{found.paper.short}"), rows, names=3)
-
-
-def agreements(found: Reproduced) -> str:
-    """What is the same in both, as a sentence; empty where nothing is."""
-    same = [f"{what} {ours}" for what, ours, theirs in _set_up(found) if ours == theirs]
-    return f"The same in both: {'; '.join(same)}." if same else ""
-
-
-def _set_up(found: Reproduced) -> Iterator[SetUp]:
-    run, paper, published = found.run, found.paper, found.declared.published
-    drafts = [draft for _, draft in found.rows]
-    targets = list(dict.fromkeys(row.target for row, _ in found.rows))
-    known = [run.parameters[draft] for draft in drafts if draft in run.parameters]
-    name = run.target_folder.name if run.target_folder else str(run.recipe.get("target"))
-    size = f", {amount(known[0]['target'])} parameters" if known else ""
-    theirs = [f"{target.name}, {amount(target.parameters)} parameters" for target in targets]
-    yield SetUp("Target", name + size, _listed(theirs))
-    if published.tasks:
-        vocabulary = run.shapes(drafts[0])["target"].get("Vocabulary")
-        printed = [count(target.vocab_size) for target in targets if target.vocab_size]
-        yield SetUp("Vocabulary", count(vocabulary), _listed(printed) or _NOT_SAID)
-    if known:
-        sizes = [f"{amount(parameters['draft'])} parameters" for parameters in known]
-        yield SetUp("Draft", _listed(sizes), _listed([f"{amount(row.parameters)} parameters" for row, _ in found.rows]))
-        ratios = [f"{parameters['ratio']:.2%}" for parameters in known]
-        yield SetUp("Draft / target", _listed(ratios), _listed([f"{row.ratio:.2%}" for row, _ in found.rows]))
-    if published.tasks:
-        yield from _decoded(found)
-        formats = [run.circumstances.get(draft, {}).get("dtype", "–") for draft in drafts]
-        yield SetUp("Weights", _listed(formats), paper.weights or _NOT_SAID)
-    if any(column.metric == "token_rate_ratio" for column in found.columns):
-        yield SetUp("Machine", _listed(map(str, run.record.get("devices", ()))) or "–", _NOT_SAID)
-    if published.tasks:
-        for row, draft in found.rows:
-            yield SetUp(f"Training of {row.name}", _trained(run, draft), row.data)
-
-
-def _decoded(found: Reproduced) -> Iterator[SetUp]:
-    """Of tasks: what stands for them, and how they are decoded."""
-    columns = [column for column in found.columns if column.block_size is not None]
-    sizes = sorted({column.block_size for column in columns if column.block_size})
-    theirs = sorted({column.block_size for column in found.declared.published.columns if column.block_size})
-    yield SetUp("γ", " and ".join(map(str, sizes)), " and ".join(map(str, theirs)))
-    for task in dict.fromkeys(column.task for column in columns):
-        assert task is not None
-        mine = [column for column in columns if column.task == task]
-        results = [cell["result"] for (_, column), cell in found.cells.items() if column in mine]
-        names = list(dict.fromkeys(row["task"] for row in results))
-        asked = _listed([f"{count(row['prompts'])} prompts" for row in results])
-        limits = [found.run.max_new_tokens(row) for row in results]
-        longest = _listed([f"at most {limit} new tokens" for limit in limits if limit is not None])
-        stands = "" if names == [task] else f"{_listed(names, 'and')}: "
-        yield SetUp(TASKS[task], stands + ", ".join(filter(None, (asked, longest))), f"prompts and lengths {_NOT_SAID}")
-        ours = _listed([decoding(row) for row in results], "and")
-        sampled = {"top_p": found.paper.top_p} if found.paper.top_p else {}
-        printed = [decoding({"temperature": column.temperature, **sampled}) for column in mine]
-        yield SetUp(f"{TASKS[task]} decoded", ours, _listed(printed, "and"))
-
-
-def _trained(run: RunDirectory, draft: str) -> str:
-    """What a draft was trained on, from its first stage to its last."""
-    chain: list[Stage] = []
-    stage = run.stage(draft)
-    while stage is not None and stage not in chain:
-        chain.insert(0, stage)
-        stage = run.stage(str(stage.settings.get("init")))
-    return "; then ".join(map(_learned, chain)) or "–"
-
-
-def _learned(stage: Stage) -> str:
-    data = stage.settings.get("data") or "–"
-    words = data if isinstance(data, str) else " + ".join(f"{share:.0%} {name}" for name, share in data.items())
-    tokens = stage.summary.get("tokens")
-    size = f"{amount(tokens)} tokens of " if tokens else ""
-    return f"{size}{words}" + (f", with {stage.loss}" if stage.loss else "")
-
-
-def _listed(words: Any, last: str = "or") -> str:
-    """Different ones of them: "a, b and c"."""
-    *others, end = list(dict.fromkeys(words)) or [""]
-    return f"{', '.join(others)} {last} {end}" if others else end
 
 
 def csv_rows(found: Reproduced) -> list[dict[str, Any]]:
@@ -288,56 +225,3 @@ def csv_rows(found: Reproduced) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def paper_pictures(found: Reproduced) -> list[Picture]:
-    """Bars with the paper's numbers as open markers; growth where the paper shows that."""
-    if found.declared.published.over_checkpoints:
-        return _growth_pictures(found)
-    known = {draft: Look(*_look(i), row.name) for i, (row, draft) in enumerate(found.rows)}
-    groups: dict[tuple[Any, ...], list[Column]] = {}
-    for column in found.columns:
-        if column.block_size is not None:
-            twice = any(other != column and other[:2] + other[3:] == column[:2] + column[3:] for other in found.columns)
-            how = column.temperature if twice else None
-            groups.setdefault((column.metric, column.block_size, how), []).append(column)
-    return [_bars(found, f"{found.slug}_{i}.png", columns, known) for i, columns in enumerate(groups.values(), start=1)]
-
-
-def _look(place: int) -> tuple[str, str]:
-    return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-
-
-def _bars(found: Reproduced, file: str, columns: Sequence[Column], known: Mapping[str, Look]) -> Picture:
-    metric, gamma = _METRICS[columns[0].metric], columns[0].block_size
-    rows = []
-    for column in columns:
-        for row, draft in found.rows:
-            cell = found.cells.get((row.name, column), {})
-            where = {"draft": draft, "task": found.task_name(column), "temperature": column.temperature}
-            rows.append({**where, **cell, "paper": found.printed(row, column)})
-    temperatures = {column.temperature for column in columns}
-    how = f", {decoding({'temperature': columns[0].temperature})}" if len(temperatures) == 1 else ""
-    title = f"{metric.name} at γ = {gamma}{how}"
-    printed = "computed from the paper" if found.theirs == "computed" else "the paper"
-    return draw_bars(file, rows, known, "value", title, metric.unit, beside_alone=metric.beside_alone, printed=printed)
-
-
-def _growth_pictures(found: Reproduced) -> list[Picture]:
-    """Over checkpoints a figure for each task; rows without checkpoints are level lines."""
-    pictures = []
-    known = {draft: Look(*_look(i), row.name) for i, (row, draft) in enumerate(found.rows)}
-    for i, column in enumerate(found.columns, start=1):
-        results = {draft: cell["result"] for row, draft in found.rows if (cell := found.cells.get((row.name, column)))}
-        (task,) = {row["task"] for row in results.values()}
-        growing = {draft for draft in results if (stage := found.run.stage(draft)) and stage.distilled}
-        lines = [
-            line
-            for line in found.run.checkpoints
-            if line["draft"] in growing and (line["task"], line["block_size"]) == (task, column.block_size)
-        ]
-        before = {draft: row["block_efficiency"] for draft, row in results.items() if draft not in growing}
-        printed = {f"the paper, {row.name}": value for row, _ in found.rows if (value := found.printed(row, column))}
-        title = f"Block efficiency at γ = {column.block_size}, {found.task_name(column)}"
-        pictures.append(draw_growth(f"{found.slug}_{i}.png", lines, before, known, title, printed))
-    return pictures

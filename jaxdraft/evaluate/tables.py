@@ -206,7 +206,7 @@ def _several_batches(run: RunDirectory) -> bool:
 def block_size_table(run: RunDirectory) -> Table:
     """The best block size of each draft, task and batch size: as predicted, and of those that were measured."""
     lines = []
-    for found in run.curves:
+    for found in sorted(run.curves, key=lambda found: run.drafts.index(found["draft"])):
         best = max(found["curve"], key=lambda point: point["predicted_speedup"])
         tried = [point for point in found["curve"] if point.get("measured_speedup") is not None]
         fastest = max(tried, key=lambda point: point["measured_speedup"], default=None)

@@ -1,6 +1,6 @@
 """How the report writes numbers and settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -40,6 +40,12 @@ def in_words(total: int, noun: str) -> str:
     """A number and its noun: "three tasks"."""
     word = _NUMBERS[total] if total < len(_NUMBERS) else str(total)
     return f"{word} {noun}{'' if total == 1 else 's'}"
+
+
+def listed(words: Iterable[str], last: str = "or") -> str:
+    """The different ones of them: "a, b or c"."""
+    *others, end = list(dict.fromkeys(words)) or [""]
+    return f"{', '.join(others)} {last} {end}" if others else end
 
 
 def decoding(row: Mapping[str, Any]) -> str:

@@ -217,6 +217,12 @@ def test_a_wrong_declaration_names_the_remedy(what: str) -> None:
     assert message in str(raised.value)
 
 
+def test_a_table_is_declared_once() -> None:
+    declared = Reproduction("fastdraft", "Table 5", {"Phi3-mini 50M": "distill"})
+    with pytest.raises(ConfigError, match="reproduces names fastdraft, Table 5 twice"):
+        make_recipe(declared, declared, stages=("distill",), tasks=(Task("story", ()),))
+
+
 def test_the_nearest_temperature_stands_for_a_sampled_task() -> None:
     declared = Reproduction(**{**GOOD, "tasks": STORIES})
     sampled = Column("acceptance_rate", "tinystories", 0.6, 3)

@@ -9,9 +9,12 @@ import pytest
 
 from jaxdraft.evaluate import plotting
 from jaxdraft.evaluate.collect import read_run
+from jaxdraft.evaluate.comparison import group_by_seed
+from jaxdraft.evaluate.paper_figures import paper_pictures
 from jaxdraft.evaluate.papers import SHAPE, Column, papers
 from jaxdraft.evaluate.report import write_report
-from jaxdraft.evaluate.reproduction import agreements, differences, paper_pictures, reproductions, result_tables
+from jaxdraft.evaluate.reproduction import reproductions, result_tables
+from jaxdraft.evaluate.set_up import agreements, differences
 
 EXHIBITS = [(paper, name) for paper in papers() for name in papers()[paper].exhibits]
 TARGET, DRAFT = 1_000_000, 50_000
@@ -87,7 +90,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_cell_is_ours_and_theirs(tmp_path: Path, paper: str, name: str) -> None:
     exhibit = papers()[paper].exhibits[name]
     page = write_report(make_run(tmp_path, paper, name))
-    (found,) = reproductions(read_run(tmp_path))
+    (found,) = reproductions(read_run(tmp_path), [])
     assert (found.columns, [row.name for row, _ in found.rows]) == (list(exhibit.columns), list(exhibit.rows))
     with (page.parent / f"{found.slug}.csv").open() as stream:
         lines = iter(list(csv.DictReader(stream)))
@@ -130,7 +133,7 @@ def test_every_cell_is_ours_and_theirs(tmp_path: Path, paper: str, name: str) ->
     ],
 )
 def test_pictures(tmp_path: Path, paper: str, name: str, pictures: int) -> None:
-    (found,) = reproductions(read_run(make_run(tmp_path, paper, name)))
+    (found,) = reproductions(read_run(make_run(tmp_path, paper, name)), [])
     drawn = paper_pictures(found)
     assert [picture.file for picture in drawn] == [f"{found.slug}_{i + 1}.png" for i in range(pictures)]
     assert all(picture.png.startswith(b"\x89PNG") for picture in drawn)
@@ -138,7 +141,7 @@ def test_pictures(tmp_path: Path, paper: str, name: str, pictures: int) -> None:
 
 @pytest.mark.parametrize(("paper", "name"), [("fastdraft", "Figure 2"), ("direct-alignment", "Figure 2")])
 def test_the_paper_s_numbers_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paper: str, name: str) -> None:
-    (found,) = reproductions(read_run(make_run(tmp_path, paper, name)))
+    (found,) = reproductions(read_run(make_run(tmp_path, paper, name)), [])
     before = [picture.png for picture in paper_pictures(found)]
     row = papers()[paper].exhibits[name].rows["base"]
     monkeypatch.setitem(vars(row), "values", (row.values[0], None, *row.values[2:]))
@@ -149,7 +152,7 @@ def test_the_paper_s_numbers_are_drawn(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def set_up(folder: Path) -> dict[str, tuple[str, str]]:
-    (found,) = reproductions(read_run(folder))
+    (found,) = reproductions(read_run(folder), [])
     return {row[0].text: (row[1].text, row[2].text) for row in differences(found).rows}
 
 
@@ -165,7 +168,7 @@ def test_what_differs_is_told_from_the_run(tmp_path: Path) -> None:
     assert found["Weights"] == ("float32", "float16 in training")
     assert found["Training of Phi3-mini 50M, PT"] == ("3 million tokens of corpus, with KL", "5 B tokens of FineWeb")
     assert "Dolly decoded" not in found
-    (reproduced,) = reproductions(read_run(tmp_path))
+    (reproduced,) = reproductions(read_run(tmp_path), [])
     assert "γ 3 and 5" in agreements(reproduced)
     assert "Dolly decoded T 0.6" in agreements(reproduced)
 
@@ -181,7 +184,7 @@ def test_other_settings_are_told(tmp_path: Path) -> None:
     found = set_up(tmp_path)
     assert found["Dolly decoded"] == ("T 0.8, top-p 0.9, block verification", "T 0.6")
     assert found["γ"] == ("3", "3 and 5")
-    (reproduced,) = reproductions(read_run(tmp_path))
+    (reproduced,) = reproductions(read_run(tmp_path), [])
     assert "Not measured here: HumanEval." in reproduced.notes
 
 
@@ -212,9 +215,24 @@ def test_of_several_batch_sizes_the_smallest_counts(tmp_path: Path) -> None:
         {**run, "batch_size": batch, "acceptance_rate": batch / 100} for run in results["runs"] for batch in (8, 2)
     ]
     file.write_text(json.dumps(results))
-    (found,) = reproductions(read_run(tmp_path))
+    (found,) = reproductions(read_run(tmp_path), [])
     row, _ = found.rows[0]
     assert found.cells[row.name, Column("acceptance_rate", "humaneval", 0.0, 3)]["value"] == 0.02
+
+
+def test_a_draft_stands_for_all_its_seeds(tmp_path: Path) -> None:
+    make_run(tmp_path, "fastdraft", "Table 8")
+    run, row = read_run(tmp_path), "FineWeb + 5B code"
+    for i, stage in enumerate(run.stages[:6]):
+        stage.settings["seed"] = i % 2
+        stage.settings["data"] = str(i // 2)
+    assert next(group.drafts for group in group_by_seed(run, run.drafts)) == ("stage-0", "stage-1")
+    setting = {"task": "humaneval", "temperature": 0.0, "top_p": 1.0, "block_size": 3, "prompts": 12}
+    pooled = {"group": "stage", "seeds": 2, **setting, "acceptance_rate": 0.77, "acceptance_rate_ci95": [0.7, 0.8]}
+    (found,) = reproductions(run, [pooled])
+    cell = found.cells[row, Column("acceptance_rate", "humaneval", 0.0, 3)]
+    assert (cell["value"], cell["value_ci95"]) == (0.77, [0.7, 0.8])
+    assert {line[0].text: line[1].text for line in differences(found).rows}["Seeds"] == "2 and 1"
 
 
 @pytest.mark.usefixtures("no_figures")
