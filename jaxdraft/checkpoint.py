@@ -8,12 +8,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdraft.distributed import fetch, on_all, on_lead
+from jaxdraft.distributed import on_all, on_lead
+from jaxdraft.fingerprint import fingerprint
 from jaxdraft.remote import is_url
 
 logger = logging.getLogger(__name__)
@@ -89,20 +87,3 @@ class Checkpoints:
         if failures:
             raise OSError(f"no checkpoint in {self._manager.directory} is intact ({'; '.join(failures.values())})")
         return None
-
-
-@jax.jit
-def _leaf_sums(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.sum(_words(leaf), dtype=jnp.uint32) for leaf in leaves])
-
-
-def fingerprint(tree: Any) -> np.ndarray:
-    """One modular uint32 sum of position-weighted words per leaf: the same under every sharding, changed by any bit."""
-    return fetch(_leaf_sums(jax.tree.leaves(tree)))
-
-
-def _words(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
-    flat = bits.reshape(-1).astype(jnp.uint32)
-    # An odd weight per position: a swap of two words shows as well as a flipped bit.
-    return flat * (2 * jnp.arange(flat.size, dtype=jnp.uint32) + 1)

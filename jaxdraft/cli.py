@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdraft import __version__
+from jaxdraft.arguments import checkpoints, integers, numbers, positive, seed, step_range, whole
 from jaxdraft.errors import ConfigError, Interrupted
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
+_MODEL = "Hugging Face folder, or owner/name[@revision] on the hub,"
 _ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
 
 RUN_EXAMPLE = """examples:
@@ -21,10 +23,15 @@ RUN_EXAMPLE = """examples:
   jaxdraft run quickstart --workdir runs/profiled --only tokenizer corpus target --profile 10:20
 
 The same command again does only what is missing, and goes on where it was interrupted."""
-EVALUATE_EXAMPLE = """example:
+EVALUATE_EXAMPLE = """examples:
   jaxdraft evaluate --target TARGET_FOLDER --draft DRAFT_FOLDER --prompts prompts.jsonl --block-sizes 3,5 --out results
+  jaxdraft evaluate --target TARGET_FOLDER --draft DRAFT_FOLDER --prompts chat.jsonl --prompts code.jsonl \\
+      --temperature 0,0.6 --batch-size 1,8 --block-sizes 1,3,5 --out results
+  jaxdraft evaluate --target TARGET_FOLDER --draft runs/mine/distill --checkpoints all --prompts prompts.jsonl \\
+      --out learned
 
-prompts.jsonl holds a line per prompt: {"prompt": "text"}, {"messages": [...]} or {"tokens": [...]}."""
+prompts.jsonl holds a line per prompt: {"prompt": "text"}, {"messages": [...]} or {"tokens": [...]}.
+The same command again does only what is missing; with other settings it adds to what is in --out."""
 SAMPLE_EXAMPLE = """example:
   jaxdraft sample --target TARGET_FOLDER --draft DRAFT_FOLDER --prompt "Once upon a time" --block-size 5"""
 EXPORT_EXAMPLE = """examples:
@@ -100,21 +107,49 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--only", action="extend", nargs="+", default=[], metavar="STAGE", help="run only these stages")
     run.add_argument(
         "--profile",
-        type=_range,
+        type=step_range,
         metavar="10:20",
         help="trace these steps of each Train stage into its folder profile/, for TensorBoard or Perfetto",
     )
     run.add_argument("--list", action="store_true", help="list the stages and their state, and stop")
     run.add_argument("--dry-run", action="store_true", help="say what would run and with which settings, and stop")
 
-    evaluate = verb("evaluate", _evaluate, "measure a draft for a target, both Hugging Face folders", EVALUATE_EXAMPLE)
-    _add_pair(evaluate, draft_required=True)
-    evaluate.add_argument("--prompts", required=True, help="JSONL file of prompts")
+    evaluate = verb("evaluate", _evaluate, "measure drafts for a target", EVALUATE_EXAMPLE)
+    evaluate.add_argument("--target", required=True, help=f"{_MODEL} of the model to speed up")
+    evaluate.add_argument(
+        "--draft",
+        action="append",
+        required=True,
+        help=f"{_MODEL} of a draft, or a Train stage's folder, RUN/STAGE; may be given repeatedly",
+    )
+    evaluate.add_argument(
+        "--checkpoints",
+        type=checkpoints,
+        metavar="100,200",
+        help="of drafts given as RUN/STAGE: measure these steps' checkpoints, or all that were kept",
+    )
+    evaluate.add_argument(
+        "--prompts", action="append", required=True, help="JSONL file of prompts; may be given repeatedly"
+    )
     evaluate.add_argument("--task", help="name of the task in the results (default: name of the prompts file)")
-    evaluate.add_argument("--block-sizes", type=_integers, default=(3, 5), metavar="3,5", help="γ (default: 3,5)")
+    evaluate.add_argument("--block-sizes", type=integers, default=(3, 5), metavar="3,5", help="γ (default: 3,5)")
+    evaluate.add_argument("--verification", choices=("token", "block"), default="token", help="rule (default: token)")
+    evaluate.add_argument(
+        "--drafting", choices=("sampled", "greedy"), default="sampled", help="what drafts propose (default: sampled)"
+    )
+    evaluate.add_argument(
+        "--stop-below", type=float, default=0.0, metavar="0.4", help="end a block after a less likely draft token"
+    )
+    evaluate.add_argument("--temperature", type=numbers, default=(0.0,), metavar="0,0.6", help="0 is greedy (default)")
+    evaluate.add_argument("--top-k", type=whole, default=0, help="most likely tokens kept (default: 0, all)")
     _add_decoding(evaluate)
-    evaluate.add_argument("--limit", type=_positive, help="take only the first so many prompts")
-    evaluate.add_argument("--batch-size", type=_positive, default=1, help="prompts decoded at once (default: 1)")
+    evaluate.add_argument("--limit", type=positive, help="take only the first so many prompts of each file")
+    evaluate.add_argument(
+        "--batch-size", type=integers, default=(1,), metavar="1,8", help="prompts decoded at once (default: 1)"
+    )
+    evaluate.add_argument(
+        "--predict-up-to", type=whole, default=10, metavar="γ", help="largest γ to predict a speed-up for (default: 10)"
+    )
     evaluate.add_argument(
         "--out", type=Path, default=Path("evaluation"), help="gets results.json and samples.jsonl (default: evaluation)"
     )
@@ -122,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     sample = verb("sample", _sample, "write text, the draft's accepted tokens coloured, and the speed", SAMPLE_EXAMPLE)
     _add_pair(sample, draft_required=False)
     sample.add_argument("--prompt", required=True, help="text to continue")
-    sample.add_argument("--block-size", type=_positive, default=5, help="draft tokens per block (default: 5)")
+    sample.add_argument("--block-size", type=positive, default=5, help="draft tokens per block (default: 5)")
+    sample.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     _add_decoding(sample)
 
     export = verb("export", _export, "write a stage's model as a Hugging Face folder", EXPORT_EXAMPLE)
@@ -140,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a draft with a draft vocabulary: plain weights for every engine, or its own head and the map d2t",
     )
     export.add_argument("--evaluation", help="an Evaluate stage whose figures go into the model card")
-    export.add_argument("--block-size", type=_positive, default=5, help="for assisted generation (default: 5)")
+    export.add_argument("--block-size", type=positive, default=5, help="for assisted generation (default: 5)")
 
     check = verb("check", _check, "say which engines would take a draft for a target, and what to do", CHECK_EXAMPLE)
     _add_pair(check, draft_required=True)
@@ -168,22 +204,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
     inspect.add_argument("folder", help="a model folder, owner/name[@revision] on the hub, or a run directory")
     inspect.add_argument("--stage", help="of a run directory: a stage that made rows or answers, to read some of them")
-    inspect.add_argument("--rows", type=_positive, help="with --stage: how many, chosen at random (default: 3)")
-    inspect.add_argument("--seed", type=_seed, help="with --stage: of the choice (default: 0)")
+    inspect.add_argument("--rows", type=positive, help="with --stage: how many, chosen at random (default: 3)")
+    inspect.add_argument("--seed", type=seed, help="with --stage: of the choice (default: 0)")
     return parser
 
 
 def _add_pair(parser: argparse.ArgumentParser, draft_required: bool) -> None:
-    kind = "Hugging Face folder, or owner/name[@revision] on the hub,"
-    parser.add_argument("--target", required=True, help=f"{kind} of the model to speed up")
-    parser.add_argument("--draft", required=draft_required, help=f"{kind} of the draft")
+    parser.add_argument("--target", required=True, help=f"{_MODEL} of the model to speed up")
+    parser.add_argument("--draft", required=draft_required, help=f"{_MODEL} of the draft")
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, everything)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, help="per prompt (default: 128)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="per prompt (default: 128)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
@@ -212,21 +246,34 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
-    from jaxdraft.evaluate.command import evaluate_pair
+    from jaxdraft.data.prompts import PromptFile
+    from jaxdraft.decode import Speculation
+    from jaxdraft.evaluate.command import evaluate
+    from jaxdraft.evaluate.sweep import Settings
+    from jaxdraft.evaluate.tasks import Task
     from jaxdraft.models.hub import model_folder
+    from jaxdraft.past_drafts import drafts_at
 
-    evaluate_pair(
+    if options.task is not None and len(options.prompts) > 1:
+        raise ConfigError("--task names one file of prompts: leave it out, and each is named after its file")
+    decoding = {name: getattr(options, name) for name in ("top_p", "top_k", "max_new_tokens")}
+    tasks = [
+        Task(options.task or Path(prompts).stem, PromptFile(prompts, options.limit), **decoding)
+        for prompts in options.prompts
+    ]
+    how = options.verification, options.drafting, options.stop_below
+    settings = Settings(
+        tuple(Speculation(size, *how) for size in options.block_sizes),
+        options.batch_size,
+        options.seed,
+        predict_up_to=options.predict_up_to,
+    )
+    evaluate(
         target=model_folder(options.target),
-        draft=model_folder(options.draft),
-        prompts=options.prompts,
-        task=options.task or Path(options.prompts).stem,
-        block_sizes=options.block_sizes,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        limit=options.limit,
-        seed=options.seed,
-        batch_size=options.batch_size,
+        drafts=[draft for place in options.draft for draft in drafts_at(place, options.checkpoints)],
+        tasks=tasks,
+        temperatures=options.temperature,
+        settings=settings,
         out=options.out,
     )
 
@@ -321,35 +368,6 @@ def _inspect(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.models.hub import model_folder
 
     inspect(model_folder(options.folder))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers with commas, as in 3,5") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: block sizes are at least 1")
-    return values
-
-
-def _range(text: str) -> tuple[int, int]:
-    first, _, end = text.partition(":")
-    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
-        raise argparse.ArgumentTypeError(f"{text!r}: write the first step and the one to stop before, as in 10:20")
-    return int(first), int(end)
-
-
-def _seed(text: str) -> int:
-    if not text.isdigit() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number from 0 to 2**31 - 1")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 1")
-    return int(text)
 
 
 def _keep_compiled_programs() -> None:

@@ -71,6 +71,11 @@ class Home:
         shutil.move(self.folder / stage, kept)
         return str(kept)
 
+    def aside(self, stage: str) -> list[Path]:
+        """Folders here with what a stage had made before it was set aside, the newest first."""
+        numbered = lambda path: int(path.suffix[1:]) if path.suffix[1:].isdigit() else 0
+        return sorted((self.folder / SUPERSEDED).glob(f"{stage}.*"), key=numbered, reverse=True)
+
 
 class BucketHome(Home):
     """A run directory in a bucket.

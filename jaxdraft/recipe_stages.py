@@ -5,6 +5,7 @@ import math
 from typing import Any, ClassVar, Literal
 
 from jaxdraft.data.magpie import Magpie
+from jaxdraft.decode import Speculation
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import Loss
@@ -216,30 +217,62 @@ class Generate(Stage):
 class Evaluate(Stage):
     """Drafts -> block efficiency, MBSU, speed: ``results.json`` and ``samples.jsonl`` in a folder per draft.
 
+    Every draft is measured on every task, at every temperature, batch size and block size. What was measured before,
+    also with other settings than these, is not measured again: a stage that was stopped goes on with the setting it was
+    at, and one that is asked for another block size does that alone.
+
     Attributes:
       drafts: Train stages.
       tasks: prompts with their decoding settings.
       block_sizes: γ, draft tokens proposed per run of the target.
-      batch_size: prompts decoded at once; 1 is how speed-ups are quoted.
+      temperatures: instead of each task's own; none keeps those.
+      batch_sizes: prompts decoded at once; 1 is how speed-ups are quoted.
+      verification: see ``Speculation``; so are the next two.
+      drafting: whether drafts propose what they draw, or what is most likely.
+      stop_below: a draft token's probability below which a block ends.
       repeats: each batch is timed so often, and the best counts.
-      over_checkpoints: also give block efficiency of every checkpoint the drafts' stages kept.
+      predict_up_to: the largest block size whose speed-up is predicted from latencies, to name the best one.
+      over_checkpoints: also give the exact offline block efficiency of every checkpoint that the drafts' stages kept.
+      decode_checkpoints: with it, decode with every checkpoint, and give all that is measured of drafts.
     """
 
     drafts: tuple[str, ...]
     tasks: tuple[Task, ...]
     block_sizes: tuple[int, ...] = (3, 5)
-    batch_size: int = 1
+    temperatures: tuple[float, ...] = ()
+    batch_sizes: tuple[int, ...] = (1,)
+    verification: Literal["token", "block"] = "token"
+    drafting: Literal["sampled", "greedy"] = "sampled"
+    stop_below: float = 0.0
     repeats: int = 2
+    predict_up_to: int = 10
     over_checkpoints: bool = False
+    decode_checkpoints: bool = False
     uses_target: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not self.drafts or not self.tasks or not self.block_sizes:
-            raise ConfigError(f"{self.name}: drafts, tasks and block_sizes must name at least one each")
-        if min(self.block_sizes) < 1 or self.batch_size < 1 or self.repeats < 1:
-            raise ConfigError(f"{self.name}: block_sizes, batch_size and repeats must be positive")
+        if not self.drafts or not self.tasks or not self.block_sizes or not self.batch_sizes:
+            raise ConfigError(f"{self.name}: drafts, tasks, block_sizes and batch_sizes must name at least one each")
+        if min(*self.block_sizes, *self.batch_sizes, self.repeats) < 1 or self.predict_up_to < 0:
+            raise ConfigError(
+                f"{self.name}: block_sizes, batch_sizes and repeats must be positive, predict_up_to not negative"
+            )
+        if any(not 0 <= temperature < math.inf for temperature in self.temperatures):
+            raise ConfigError(f"{self.name}: temperatures is {self.temperatures}: none may be negative")
         if len({task.name for task in self.tasks}) < len(self.tasks):
             raise ConfigError(f"{self.name}: two tasks have the same name")
+        if self.decode_checkpoints and not self.over_checkpoints:
+            raise ConfigError(f"{self.name}: decode_checkpoints needs over_checkpoints")
+        try:
+            _ = self.speculations
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
+
+    @property
+    def speculations(self) -> tuple[Speculation, ...]:
+        """How drafts propose, one for each block size."""
+        options = self.verification, self.drafting, self.stop_below
+        return tuple(Speculation(block_size, *options) for block_size in self.block_sizes)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdraft.checkpoint import Checkpoints
 from jaxdraft.context import Context
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.prompts import read_prompts
@@ -19,16 +18,17 @@ from jaxdraft.data_stages import (
     run_score,
     run_train_tokenizer,
 )
-from jaxdraft.distributed import fetch, is_lead, on_lead, together
+from jaxdraft.distributed import fetch, is_lead, together
 from jaxdraft.errors import ConfigError
-from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
-from jaxdraft.evaluate.metrics import offline_metrics
+from jaxdraft.evaluate.measure import Model
+from jaxdraft.evaluate.sweep import Settings, Sweep, answers, at_temperatures, write_results
 from jaxdraft.export import export_stage
 from jaxdraft.generation import run_generate
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.subclone import project_embedding, subclone
+from jaxdraft.past_drafts import PastDrafts
 from jaxdraft.prepare import run_prepare, run_subset
 from jaxdraft.probe import efficiency_summary, probe
 from jaxdraft.recipe import (
@@ -50,7 +50,6 @@ from jaxdraft.stored_targets import check_stored
 from jaxdraft.tokenizers import tokenizer_files
 from jaxdraft.tracking import progress_bar, read_jsonl, write_jsonl
 from jaxdraft.train import train
-from jaxdraft.train.state import abstract_state, state_shardings
 
 # Pinned: another number is another run.
 INIT_PURPOSE = 1
@@ -153,27 +152,42 @@ def _start(
 
 
 def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
-    folder = context.folder(stage.name)
+    folder, drafts = context.folder(stage.name), stage.drafts
     target = Model.load(context.target_folder, context.decode_mesh)
-    tasks = together(lambda: [(task, read_prompts(task.prompts, context.tokenizer)) for task in stage.tasks])
-    settings = Settings(stage.block_sizes, context.recipe.seed, stage.batch_size, stage.repeats)
-    answers = Evaluator.amount(sum(len(p) for _, p in tasks), len(stage.drafts), len(stage.block_sizes))
+    asked = together(lambda: [(task, read_prompts(task.prompts, context.tokenizer)) for task in stage.tasks])
+    tasks = at_temperatures(asked, stage.temperatures)
+    settings = Settings(
+        stage.speculations, stage.batch_sizes, context.recipe.seed, stage.repeats, predict_up_to=stage.predict_up_to
+    )
+    past = {name: _past_drafts(context, name) for name in drafts} if stage.over_checkpoints else {}
+    decoded = len(drafts) + sum(len(kept.steps) for kept in past.values() if stage.decode_checkpoints)
     series: list[dict[str, Any]] = []
-    with progress_bar(answers, stage.name, "answer") as bar:
-        evaluator = Evaluator(target, tasks, settings, bar.update)
-        for name in stage.drafts:
-            results, samples = evaluator.measure(Model.load(context.model_folder(name), context.decode_mesh))
-            if is_lead():
-                results = {**results, "draft_stage": name, **_relative(context, name)}
-                write_results(folder / name, results, samples)
-            if stage.over_checkpoints:
-                series += _over_checkpoints(stage, context, name, evaluator)
-    if stage.over_checkpoints and is_lead():
-        write_jsonl(folder / "checkpoints.jsonl", series)
-    files = [folder / name / file for name in stage.drafts for file in ("results.json", "samples.jsonl")]
+    with progress_bar(answers(tasks, settings, decoded), stage.name, "answer") as bar:
+        home = context.home
+        sweep = Sweep(target, tasks, settings, context.tokenizer, folder, bar, home.aside(stage.name), home.keep)
+        for name in drafts:
+            draft = Model.load(context.model_folder(name), context.decode_mesh)
+            try:
+                sweep.measure(draft)
+            finally:  # what is there of a stage that is stopped can be seen
+                if is_lead():
+                    results, samples = sweep.results(draft)
+                    write_results(folder / name, {**results, "draft_stage": name, **_relative(context, name)}, samples)
+        for name, kept in past.items():
+            for step in kept.steps:
+                draft = kept.load(step, context.mesh, context.decode_mesh)
+                if stage.decode_checkpoints:
+                    sweep.measure(draft)
+                    lines = sweep.results(draft)[0]["runs"] if is_lead() else ()
+                else:
+                    lines = sweep.offline(draft)
+                series += [{"draft": name, "step": step, **line} for line in lines]
+    files = [folder / name / file for name in drafts for file in ("results.json", "samples.jsonl")]
     if stage.over_checkpoints:
         files.append(folder / "checkpoints.jsonl")
-    return files, {"prompts": sum(len(p) for _, p in tasks)}
+        if is_lead():
+            write_jsonl(files[-1], series)
+    return files, {"prompts": sum(len(prompts) for _, prompts in tasks)}
 
 
 def run_export(stage: Export, context: Context) -> Outputs:
@@ -232,31 +246,11 @@ def _fingerprints(value: Any, name: str) -> Iterator[tuple[str, str]]:
             yield from _fingerprints(item, f"{name}.{i}")
 
 
-def _over_checkpoints(stage: Evaluate, context: Context, name: str, evaluator: Evaluator) -> list[dict[str, Any]]:
-    """Exact offline block efficiency of every kept checkpoint: one pass over what the target wrote, no decoding."""
-    train_stage = context.recipe.stage(name)
-    assert isinstance(train_stage, Train)
+def _past_drafts(context: Context, name: str) -> PastDrafts:
+    stage = context.recipe.stage(name)
+    assert isinstance(stage, Train)
     config = load_config(context.model_folder(name))
-    shardings = state_shardings(config, train_stage, context.mesh)
-    lines = []
-    with Checkpoints(context.home.checkpoints(name), train_stage.keep_every) as checkpoints:
-        kept = (train_stage.steps, *range(0, train_stage.steps, train_stage.keep_every or train_stage.steps))
-        for step in on_lead(lambda: sorted(set(kept).intersection(checkpoints.steps))):
-            state = checkpoints.restore(abstract_state(train_stage, config, shardings), step)
-            draft = Model.create(name, config, state.params, context.decode_mesh)
-            for baseline in evaluator.baselines:
-                accepts = [a.accept_N for a in evaluator.acceptances(draft, baseline)]
-                for block_size in stage.block_sizes:
-                    lines.append(
-                        {
-                            "draft": name,
-                            "step": step,
-                            "task": baseline.task.name,
-                            "block_size": block_size,
-                            **offline_metrics(accepts, block_size),
-                        }
-                    )
-    return lines
+    return PastDrafts(name, context.home.checkpoints(name), stage, stage.keep_every, config)
 
 
 def _relative(context: Context, draft: str) -> dict[str, str]:

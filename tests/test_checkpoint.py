@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdraft.checkpoint import Checkpoints, fingerprint
+from jaxdraft.checkpoint import Checkpoints
+from jaxdraft.fingerprint import fingerprint
 
 
 def state(step):

@@ -15,19 +15,21 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "huggingface", "remote", "sharding", "tokenizers", "tracking"}
+BASE = {"backend", "distributed", "fingerprint", "huggingface", "remote", "sharding", "tokenizers", "tracking"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
+    "arguments": set(),
     "backend": set(),
     "huggingface": set(),
     "distributed": set(),
+    "fingerprint": {"distributed"},
     "sharding": {"distributed"},
     "tokenizers": set(),
     "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed"},
-    "checkpoint": {"distributed", "remote", "sharding"},
+    "checkpoint": {"distributed", "fingerprint", "remote", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote"},
@@ -37,7 +39,7 @@ MAY_IMPORT = {
     "models": BASE,
     "decode": BASE | {"models"},
     "train": BASE | {"checkpoint", "data", "losses", "models"},
-    "evaluate": BASE | {"data", "decode", "models"},
+    "evaluate": BASE | {"__init__", "data", "decode", "models"},
     "settings": set(),
     "overrides": {"losses"},
     "recipe_data": {"decode"},
@@ -45,6 +47,7 @@ MAY_IMPORT = {
     "recipe": BELOW_STAGES | {"recipe_data", "recipe_stages"},
     "recipe_file": {"overrides", "recipe"},
     "export": BELOW_STAGES | {"__init__"},
+    "past_drafts": BELOW_STAGES | {"export", "home"},
     "check_rules": BELOW_STAGES,
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
@@ -59,11 +62,34 @@ MAY_IMPORT = {
     | {"answers", "context", "data_stages", "questions", "recipe", "server", "settings", "stored_targets"},
     "probe": BELOW_STAGES | {"context", "recipe"},
     "stages": BELOW_STAGES
-    | {"context", "data_stages", "export", "generation", "prepare", "probe", "recipe", "settings", "stored_targets"},
+    | {
+        "context",
+        "data_stages",
+        "export",
+        "generation",
+        "past_drafts",
+        "prepare",
+        "probe",
+        "recipe",
+        "settings",
+        "stored_targets",
+    },
     "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
     "cli": BELOW_STAGES
-    | {"__init__", "check", "export", "home", "inspect", "inspect_rows", "plan", "recipe_file", "run"},
+    | {
+        "__init__",
+        "arguments",
+        "check",
+        "export",
+        "home",
+        "inspect",
+        "inspect_rows",
+        "past_drafts",
+        "plan",
+        "recipe_file",
+        "run",
+    },
 }
 
 

@@ -62,6 +62,7 @@ def recipe(*, steps: int = 6):
                 ),
                 block_sizes=(2,),
                 repeats=1,
+                predict_up_to=2,
                 over_checkpoints=True,
             ),
             Export("export", draft="distill", evaluation="evaluate", dtype="bfloat16"),

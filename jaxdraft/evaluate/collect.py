@@ -4,7 +4,7 @@ Nothing has to be there: a stage that has not run has no numbers, a run without 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,13 @@ class RunDirectory:
 
     @property
     def distinct_results(self) -> list[dict[str, Any]]:
-        """Of results that differ only in their batch size, on which but speed depends, the smallest one's."""
-        found: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for row in sorted(self.results, key=lambda row: row.get("batch_size", 1)):
-            found.setdefault((row["draft"], row["task"], decoding(row), row["block_size"]), row)
-        kept = {id(row) for row in found.values()}
-        return [row for row in self.results if id(row) in kept]
+        """Of results that differ only in their batch size, on which nothing but speed depends, the smallest one's."""
+        return _of_smallest_batch(self.results)
+
+    @property
+    def distinct_checkpoints(self) -> list[dict[str, Any]]:
+        """The same of checkpoints, which may have been decoded with."""
+        return _of_smallest_batch(self.checkpoints)
 
     def tokenizer_folder(self) -> Path | None:
         """Folder with the run's tokenizer: a stage's, otherwise the target's."""
@@ -212,7 +213,9 @@ def read_run(folder: Path) -> RunDirectory:
             content = _read_json(file)
             draft = content.get("draft_stage", file.parent.name)
             results += [{**run, "draft": draft} for run in content["runs"]]
-            curves += [{**curve, "draft": draft} for curve in content.get("best_block_size", ())]
+            curves += [
+                _with_intervals({**curve, "draft": draft}, results) for curve in content.get("best_block_size", ())
+            ]
             samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
             parameters[draft] = content["parameters"]
             circumstances[draft] = content.get("settings", {})
@@ -250,6 +253,28 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{file}, line {number} is not JSON ({error}): delete its stage's folder") from error
     return lines
+
+
+def _with_intervals(curve: dict[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A curve whose measured points have the intervals of the results that they are of."""
+    of = lambda row: (row["draft"], row["task"], decoding(row), row.get("batch_size"))
+    key = "measured_speedup_ci95"
+    known = {row["block_size"]: row[key] for row in results if of(row) == of(curve) and key in row}
+    points = [
+        {**point, key: known[point["block_size"]]}
+        if "measured_speedup" in point and point["block_size"] in known
+        else point
+        for point in curve["curve"]
+    ]
+    return {**curve, "curve": points}
+
+
+def _of_smallest_batch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row.get("batch_size", 1)):
+        found.setdefault((row["draft"], row.get("step"), row["task"], decoding(row), row["block_size"]), row)
+    kept = {id(row) for row in found.values()}
+    return [row for row in rows if id(row) in kept]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 """``jaxdraft evaluate`` and ``jaxdraft sample``: any two Hugging Face folders that share a vocabulary."""
 
+import dataclasses
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdraft.data.prompts import PromptFile, example_id, read_prompts
+from jaxdraft.data.prompts import Prompt, example_id, read_prompts
 from jaxdraft.decode import Speculation, generate_batches, speculative_batches, token_origins
 from jaxdraft.errors import ConfigError
-from jaxdraft.evaluate.measure import Evaluator, Model, Settings, write_results
+from jaxdraft.evaluate.measure import Model
+from jaxdraft.evaluate.sweep import Draft, Settings, Sweep, answers, at_temperatures, check_same, write_results
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.models.hf import load_config
+from jaxdraft.sharding import mesh_of
 from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
 from jaxdraft.tracking import progress_bar
 
@@ -20,41 +24,74 @@ logger = logging.getLogger(__name__)
 _ACCEPTED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
-def evaluate_pair(
+def evaluate(
     *,
     target: Path,
-    draft: Path,
-    prompts: Path | str,
-    task: str,
+    drafts: Sequence[Draft],
+    tasks: Sequence[Task],
+    temperatures: Sequence[float],
+    settings: Settings,
     out: Path,
-    block_sizes: tuple[int, ...] = (3, 5),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 128,
-    limit: int | None = None,
-    seed: int = 0,
-    batch_size: int = 1,
 ) -> None:
-    """Measures a draft, writes ``results.json`` and ``samples.jsonl`` into ``out``, and prints a table.
+    """Measures drafts of one target and prints a table.
 
-    Prompts that leave the target no room for ``max_new_tokens`` are left out, and how many is said.
+    ``results.json`` and ``samples.jsonl`` are written into ``out``; of several drafts, into a folder of its name each.
+    What ``out`` holds of the same models, prompts and settings is added to.
+
+    Args:
+      target: a Hugging Face folder.
+      drafts: what is measured, each with a name of its own.
+      tasks: prompts with their decoding settings; a prompt that leaves the target no room for an answer is left out,
+        and how many are is said.
+      temperatures: in place of the tasks' own.
+      settings: how everything is decoded.
+      out: where results are kept.
 
     Raises:
-      ConfigError: a folder, the prompts or a setting is wrong, or the two models' tokenizers differ.
+      ConfigError: a folder, the prompts or a setting is wrong, two models' tokenizers differ, or ``out`` holds results
+        of other models or settings.
     """
-    room = load_config(target).max_positions - max_new_tokens
+    names = [draft.name for draft in drafts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two drafts are called {twice[0]}: give each a folder of another name")
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ConfigError("two tasks have the same name: give prompts in files of different names")
+    for draft in drafts:
+        tokenizer = _shared_tokenizer(target, draft.folder)
+    positions = load_config(target).max_positions
+    asked = at_temperatures([(task, _fitting(task, tokenizer, positions)) for task in tasks], temperatures)
+    model = Model.load(target)
+    with progress_bar(answers(asked, settings, len(drafts)), "evaluate", "answer") as bar:
+        sweep = Sweep(model, asked, settings, tokenizer, out, bar)
+        measured = []
+        for draft in drafts:
+            folder = _folder_of(draft, drafts, out)
+            loaded = draft.load(mesh_of(model.params))
+            check_same(folder / "results.json", sweep.header(loaded))
+            try:
+                sweep.measure(loaded)
+            finally:
+                results, samples = sweep.results(loaded)
+                write_results(folder, results, samples)
+            measured.append((draft.name, results, folder))
+    for name, results, folder in measured:
+        if len(measured) > 1:
+            print(f"\n{name}")
+        print_table(results)
+        print(folder / "results.json")
+
+
+def _fitting(task: Task, tokenizer: Tokenizer, positions: int) -> list[Prompt]:
+    room = positions - task.max_new_tokens
     if room < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}: {target} has only {room + max_new_tokens} positions")
-    measured = Task(task, PromptFile(str(prompts), limit, max_tokens=room), temperature, top_p, max_new_tokens)
-    tokenizer = _shared_tokenizer(target, draft)
-    out.mkdir(parents=True, exist_ok=True)
-    found = read_prompts(measured.prompts, tokenizer)
-    settings = Settings(block_sizes, seed, batch_size)
-    with progress_bar(Evaluator.amount(len(found), 1, len(block_sizes)), task, "answer") as bar:
-        evaluator = Evaluator(Model.load(target), [(measured, found)], settings, bar.update)
-        results, samples = evaluator.measure(Model.load(draft))
-    write_results(out, results, samples)
-    _print_table(results, out)
+        raise ConfigError(f"max_new_tokens is {task.max_new_tokens}: the target has only {positions} positions")
+    return read_prompts(dataclasses.replace(task.prompts, max_tokens=room), tokenizer)
+
+
+def _folder_of(draft: Draft, drafts: Sequence[Draft], out: Path) -> Path:
+    """Where a draft's results lie: beside others' in a folder of its name, and there also when it is measured alone."""
+    own = out / draft.name
+    return own if len(drafts) > 1 or (own / "results.json").exists() else out
 
 
 def sample(
@@ -140,21 +177,38 @@ def _coloured(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], accept
     return "".join(f"{_ACCEPTED}{text}{_PLAIN}" if drafted else text for text, drafted in pieces)
 
 
-def _print_table(results: dict, out: Path) -> None:
+def print_table(results: Mapping[str, Any]) -> None:
+    """A line for each run, and the best block size for each task and batch size."""
     print(
-        f"{'γ':>2} {'block efficiency':>24} {'acceptance':>10} {'MBSU':>6} {'tokens/s':>10} {'alone':>10} {'ratio':>6}"
+        f"{'task':<24} {'T':>4} {'batch':>5} {'γ':>2} {'block efficiency':>24} {'acceptance':>10} {'MBSU':>6} "
+        f"{'tokens/s':>10} {'alone':>10} {'ratio':>6} {'predicted':>9}"
     )
     for run in results["runs"]:
         low, high = run["block_efficiency_ci95"]
         efficiency = f"{run['block_efficiency']:.3f} ({low:.3f} – {high:.3f})"
         print(
-            f"{run['block_size']:>2} {efficiency:>24} {_number(run['acceptance_rate']):>10} {run['mbsu']:>6.3f} "
+            f"{run['task'][:24]:<24} {run['temperature']:>4g} {run['batch_size']:>5} {run['block_size']:>2} "
+            f"{efficiency:>24} {_number(run['acceptance_rate']):>10} {run['mbsu']:>6.3f} "
             f"{run['tokens_per_second']:>10,.0f} {run['tokens_per_second_autoregressive']:>10,.0f} "
-            f"{run['token_rate_ratio']:>6.2f}"
+            f"{run['token_rate_ratio']:>6.2f} {run['predicted_speedup']:>9.2f}"
         )
-        if "identical_to_target" in run:
-            print(f"   {run['identical_to_target']} of {run['prompts']} answers are the target's own, token for token")
-    print(out / "results.json")
+    greedy = [run for run in results["runs"] if "identical_to_target" in run]
+    if greedy:
+        equal, total = (sum(run[key] for run in greedy) for key in ("identical_to_target", "prompts"))
+        print(f"{equal} of {total} greedy answers are the target's own, token for token")
+    far = [abs(run["offline_deviation"]) for run in results["runs"] if run.get("offline_deviation") is not None]
+    if far:
+        print(f"sampled block efficiency is at most {max(far):.1f} standard errors from the exact one")
+    for found in results["best_block_size"]:
+        where = f"{found['task']}, T {found['temperature']:g}, batch {found['batch_size']}"
+        best = next(point for point in found["curve"] if point["block_size"] == found["best_block_size"])
+        advice = (
+            f"γ = {best['block_size']}, {best['predicted_speedup']:.2f} times as fast"
+            if best["block_size"]
+            else "no draft"
+        )
+        print(f"best for {where}: {advice}, as latencies predict")
+    print(f"{results['compile_seconds']:.1f} s of compilation are in none of these times")
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,9 @@
-"""Measures drafts against a target: decodes alone and with the draft, on the same prompts, by programs of one style."""
+"""Measures a draft in one setting: decodes with it what its target writes alone, by programs of one style."""
 
 import dataclasses
+import functools
+import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,17 @@ from jaxdraft.decode import (
     Speculation,
     SpeculativeResult,
     acceptance_ratios,
-    expected_blocks,
     generate_batches,
     speculative_batches,
-    step_latency,
 )
-from jaxdraft.evaluate import metrics
 from jaxdraft.evaluate.tasks import Task
+from jaxdraft.fingerprint import fingerprint
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, for_decoding
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_model
-from jaxdraft.tracking import write_jsonl
 
-logger = logging.getLogger(__name__)
-
-_LATENCY_CONTEXT = 64
+Advance = Callable[[int], Any]
+"""Is told of every number of prompts that is done."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,244 +62,152 @@ class Model:
     def num_parameters(self) -> int:
         return self.decoder.config.num_parameters
 
+    @property
+    def num_parameters_read(self) -> int:
+        """Those that a step reads: all but an input table of its own, of which it reads a row."""
+        config = self.decoder.config
+        return config.num_parameters - (0 if config.tie_embeddings else config.vocabulary * config.hidden_size)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jax.tree.leaves(self.params)[0].dtype
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash of shape and weights: the same wherever they were read from."""
+        content = repr(self.decoder.config).encode() + fingerprint(self.params).tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Baseline:
-    """What the target writes alone for a task, and how long it takes.
+class Work:
+    """What is decoded: a task with its prompts, a batch size, and what every way of decoding it has in common.
 
     Attributes:
       task: the task.
       prompts: its prompts.
-      answers: new tokens per prompt.
-      batches: per batch, indices of its prompts and its times.
-    """
-
-    task: Task
-    prompts: list[Prompt]
-    answers: list[list[int]]
-    batches: list[tuple[list[int], Seconds]]
-
-    @property
-    def prompt_tokens(self) -> list[list[int]]:
-        return [list(prompt.tokens) for prompt in self.prompts]
-
-    @property
-    def decoding(self) -> dict[str, Any]:
-        return {"temperature": self.task.temperature, "top_p": self.task.top_p}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How everything is decoded.
-
-    Attributes:
-      block_sizes: γ.
-      seed: of all randomness.
       batch_size: prompts decoded at once.
+      seed: of all randomness.
       repeats: each batch is timed so often, and the best counts.
     """
 
-    block_sizes: tuple[int, ...]
-    seed: int = 0
+    task: Task
+    prompts: Sequence[Prompt]
     batch_size: int = 1
+    seed: int = 0
     repeats: int = 2
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Of each prompt."""
+        return [list(prompt.tokens) for prompt in self.prompts]
 
-class Evaluator:
-    """Measures drafts of one target; what the target does alone is done once.
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What makes the distributions, as results name it."""
+        task = self.task
+        return {"temperature": task.temperature, "top_p": task.top_p, **({"top_k": task.top_k} if task.top_k else {})}
 
-    Args:
-      target: the model to be accelerated.
-      tasks: with the prompts of each.
-      settings: how to decode.
-      advance: called with a number of prompts whenever they are done.
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Settings of ``generate_batches`` and ``speculative_batches``."""
+        return {
+            "example_ids": [example_id(prompt.id) for prompt in self.prompts],
+            "max_new_tokens": self.task.max_new_tokens,
+            "temperature": self.task.temperature,
+            "top_p": self.task.top_p,
+            "top_k": self.task.top_k,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "repeats": self.repeats,
+        }
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is written and timed, the models apart."""
+        content = json.dumps([[prompt.id, prompt.tokens] for prompt in self.prompts])
+        return {
+            "task": self.task.name,
+            **self.sampling,
+            "max_new_tokens": self.task.max_new_tokens,
+            "prompts": hashlib.sha256(content.encode()).hexdigest()[:16],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "repeats": self.repeats,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A batch as it was timed.
+
+    Attributes:
+      prompts: which of the prompts are in it.
+      seconds: what it took.
     """
 
-    def __init__(
-        self,
-        target: Model,
-        tasks: Sequence[tuple[Task, list[Prompt]]],
-        settings: Settings,
-        advance: Callable[[int], Any] = lambda _: None,
-    ):
-        self._target, self._settings, self._advance = target, settings, advance
-        self._latencies: dict[tuple[str, int], float] = {}
-        self.baselines = [self._alone(task, prompts) for task, prompts in tasks]
-
-    @staticmethod
-    def amount(tasks: int, drafts: int, block_sizes: int) -> int:
-        """How often ``advance`` hears of each prompt."""
-        return tasks * (1 + drafts * block_sizes)
-
-    def measure(self, draft: Model) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Contents of ``results.json`` and lines of ``samples.jsonl`` for one draft."""
-        ratio = draft.num_parameters / self._target.num_parameters
-        runs, samples = [], []
-        for baseline in self.baselines:
-            acceptances = self.acceptances(draft, baseline)
-            for block_size in self._settings.block_sizes:
-                results, batches = self._with_draft(draft, baseline, block_size)
-                runs.append(self._run(draft, baseline, block_size, ratio, results, batches, acceptances))
-                samples += _samples(baseline, block_size, results, acceptances)
-        parameters = {"target": self._target.num_parameters, "draft": draft.num_parameters, "ratio": ratio}
-        settings = {**dataclasses.asdict(self._settings), "dtype": str(jax.tree.leaves(draft.params)[0].dtype)}
-        results_json = {
-            "target": self._target.name,
-            "draft": draft.name,
-            "parameters": parameters,
-            "settings": settings,
-            "runs": runs,
-        }
-        return results_json, samples
-
-    def acceptances(self, draft: Model, baseline: Baseline) -> list[Acceptance]:
-        """The draft's acceptance at every token that the target wrote alone."""
-        return acceptance_ratios(
-            self._target.decoder,
-            self._target.params,
-            draft.decoder,
-            draft.params,
-            baseline.prompt_tokens,
-            baseline.answers,
-            max_new_tokens=baseline.task.max_new_tokens,
-            **baseline.decoding,
-        )
-
-    def _alone(self, task: Task, prompts: list[Prompt]) -> Baseline:
-        answers: list[list[int]] = [[] for _ in prompts]
-        batches = []
-        for batch in generate_batches(
-            self._target.decoder, self._target.params, [p.tokens for p in prompts], **self._decoding(task, prompts)
-        ):
-            batches.append((batch.indices, batch.seconds))
-            for i, tokens in zip(batch.indices, batch.tokens, strict=True):
-                answers[i] = tokens
-            self._advance(len(batch.indices))
-        return Baseline(task, prompts, answers, batches)
-
-    def _with_draft(
-        self, draft: Model, baseline: Baseline, block_size: int
-    ) -> tuple[list[SpeculativeResult], list[tuple[list[int], Seconds]]]:
-        found: dict[int, SpeculativeResult] = {}
-        batches = []
-        for batch in speculative_batches(
-            self._target.decoder,
-            self._target.params,
-            draft.decoder,
-            draft.params,
-            baseline.prompt_tokens,
-            speculation=Speculation(block_size),
-            **self._decoding(baseline.task, baseline.prompts),
-        ):
-            batches.append((batch.indices, batch.seconds))
-            found.update(zip(batch.indices, batch.results, strict=True))
-            self._advance(len(batch.indices))
-        return [found[i] for i in range(len(baseline.prompts))], batches
-
-    def _decoding(self, task: Task, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        return {
-            "example_ids": [example_id(prompt.id) for prompt in prompts],
-            "max_new_tokens": task.max_new_tokens,
-            "temperature": task.temperature,
-            "top_p": task.top_p,
-            "seed": self._settings.seed,
-            "batch_size": self._settings.batch_size,
-            "repeats": self._settings.repeats,
-        }
-
-    def _run(self, draft, baseline, block_size, ratio, results, batches, acceptances) -> dict[str, Any]:
-        task = baseline.task
-        counted = metrics.acceptance_metrics(results, block_size, ratio)
-        latencies = {
-            "draft_latency": self._latency(draft, 1),
-            "target_latency_1": self._latency(self._target, 1),
-            "target_latency_block": self._latency(self._target, block_size + 1),
-        }
-        run = {
-            "task": task.name,
-            "block_size": block_size,
-            **baseline.decoding,
-            **counted,
-            **metrics.offline_metrics([a.accept_N for a in acceptances], block_size),
-            **metrics.overlap_metrics(acceptances),
-            **_speeds(baseline, results, batches),
-            **latencies,
-            "predicted_speedup": round(
-                metrics.predicted_speedup(counted["block_efficiency"], block_size, *latencies.values()), 4
-            ),
-        }
-        if task.temperature == 0:
-            run["identical_to_target"] = sum(
-                r.tokens == answer for r, answer in zip(results, baseline.answers, strict=True)
-            )
-            if run["identical_to_target"] < len(results):
-                logger.warning(
-                    "%s, γ = %d: %d of %d greedy answers differ from the target's own%s",
-                    task.name,
-                    block_size,
-                    len(results) - run["identical_to_target"],
-                    len(results),
-                    "" if run_is_exact(draft) else " (bfloat16 rounds differently for other shapes)",
-                )
-        return run
-
-    def _latency(self, model: Model, width: int) -> float:
-        key = model.name, width
-        if key not in self._latencies:
-            context = min(_LATENCY_CONTEXT, model.decoder.config.max_positions - width)
-            self._latencies[key] = step_latency(model.decoder, model.params, self._settings.batch_size, width, context)
-        return self._latencies[key]
+    prompts: list[int]
+    seconds: Seconds
 
 
-def run_is_exact(model: Model) -> bool:
-    """Whether greedy answers must be the target's own: float32 rounds far below the gaps between logits."""
-    return jax.tree.leaves(model.params)[0].dtype == np.float32
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What the target writes alone, and how long it takes.
+
+    Attributes:
+      answers: new tokens per prompt.
+      batches: in which they were written.
+    """
+
+    answers: list[list[int]]
+    batches: list[Timed]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"answers": self.answers, "batches": [[batch.prompts, batch.seconds] for batch in self.batches]}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Baseline":
+        """What ``to_json`` made, JSON's lists in it."""
+        return cls(found["answers"], [Timed(prompts, Seconds(*seconds)) for prompts, seconds in found["batches"]])
 
 
-def write_results(folder: Path, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-    """Writes ``samples.jsonl`` and then ``results.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "samples.jsonl", samples)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+def write_alone(target: Model, work: Work, advance: Advance) -> Baseline:
+    """Decodes without a draft."""
+    answers: list[list[int]] = [[] for _ in work.prompts]
+    batches = []
+    for batch in generate_batches(target.decoder, target.params, work.tokens, **work.decoding):
+        batches.append(Timed(batch.indices, batch.seconds))
+        for i, tokens in zip(batch.indices, batch.tokens, strict=True):
+            answers[i] = tokens
+        advance(len(batch.indices))
+    return Baseline(answers, batches)
 
 
-def _speeds(baseline: Baseline, results: Sequence[SpeculativeResult], batches) -> dict[str, Any]:
-    """Tokens per second with the draft and without, over the same batches; prefill and compilation are outside."""
-    tokens_alone = [sum(len(baseline.answers[i]) for i in indices) for indices, _ in baseline.batches]
-    tokens_draft = [sum(len(results[i].tokens) for i in indices) for indices, _ in batches]
-    alone = metrics.ratio_of_sums(tokens_alone, [s.decode for _, s in baseline.batches])
-    with_draft = metrics.ratio_of_sums(tokens_draft, [s.decode for _, s in batches])
-    count = len(batches)
-    return {
-        **metrics.with_interval("tokens_per_second", with_draft, count),
-        **metrics.with_interval("tokens_per_second_autoregressive", alone, count),
-        **metrics.with_interval("token_rate_ratio", lambda i: with_draft(i) / alone(i), count),
-        "seconds": round(sum(s.decode for _, s in batches), 4),
-        "prefill_seconds": round(sum(s.prefill for _, s in batches), 4),
-        "compile_seconds": round(sum(s.compile for _, s in batches), 4),
-    }
+def write_with_draft(
+    target: Model, draft: Model, work: Work, speculation: Speculation, advance: Advance
+) -> tuple[list[SpeculativeResult], list[Timed]]:
+    """The same with a draft: the result of each prompt, and the batches."""
+    found: dict[int, SpeculativeResult] = {}
+    batches = []
+    models = target.decoder, target.params, draft.decoder, draft.params
+    for batch in speculative_batches(*models, work.tokens, speculation=speculation, **work.decoding):
+        batches.append(Timed(batch.indices, batch.seconds))
+        found.update(zip(batch.indices, batch.results, strict=True))
+        advance(len(batch.indices))
+    return [found[i] for i in range(len(work.prompts))], batches
 
 
-def _samples(
-    baseline: Baseline,
-    block_size: int,
-    results: Sequence[SpeculativeResult],
-    acceptances: Sequence[Acceptance],
-) -> list[dict[str, Any]]:
-    """Each prompt's answer, and what it adds to the sums: of the text that the target wrote alone, its tokens, the
-    blocks expected for them and their overlap."""
-    return [
-        {
-            "id": prompt.id,
-            "task": baseline.task.name,
-            "block_size": block_size,
-            **baseline.decoding,
-            "prompt_tokens": list(prompt.tokens),
-            "tokens": result.tokens,
-            "accepted": result.accepted,
-            "target_tokens": len(acceptance.accept_N),
-            "expected_blocks": round(expected_blocks(acceptance.accept_N, block_size), 6),
-            "overlap_sum": round(float(acceptance.overlap_N.sum()), 6),
-        }
-        for prompt, result, acceptance in zip(baseline.prompts, results, acceptances, strict=True)
-    ]
+def acceptances(target: Model, draft: Model, work: Work, answers: Sequence[Sequence[int]]) -> list[Acceptance]:
+    """The draft's acceptance at every token that the target wrote alone."""
+    return acceptance_ratios(
+        target.decoder,
+        target.params,
+        draft.decoder,
+        draft.params,
+        work.tokens,
+        answers,
+        max_new_tokens=work.task.max_new_tokens,
+        temperature=work.task.temperature,
+        top_p=work.task.top_p,
+        top_k=work.task.top_k,
+    )

@@ -54,7 +54,7 @@ def _growth_pictures(found: Reproduced) -> list[Picture]:
         same = ("task", "temperature", "block_size")
         lines = [
             line
-            for line in found.run.checkpoints
+            for line in found.run.distinct_checkpoints
             if line["draft"] in growing and all(line[key] == results[line["draft"]][key] for key in same if key in line)
         ]
         before = {draft: row["block_efficiency"] for draft, row in results.items() if draft not in growing}

@@ -253,8 +253,7 @@ class Reproduction:
 
     def _measures(self, evaluation: Any) -> bool:
         """Whether an Evaluate stage measures something of it."""
-        temperatures = getattr(evaluation, "temperatures", ())
-        tasks = [(task.name, T) for task in evaluation.tasks for T in temperatures or (task.temperature,)]
+        tasks = [(task.name, T) for task in evaluation.tasks for T in evaluation.temperatures or (task.temperature,)]
         sizes = evaluation.block_sizes
         return any(self.task_for(column, tasks) and column.block_size in sizes for column in self.published.columns)
 

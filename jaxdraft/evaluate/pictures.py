@@ -108,23 +108,23 @@ def _while_learning(run: RunDirectory, known: Mapping[str, Look]) -> list[Pictur
 
 def _checkpoints(run: RunDirectory, known: Mapping[str, Look]) -> list[Picture]:
     distilled = [stage.name for stage in run.stages if stage.distilled]
-    lines = [line for line in run.checkpoints if line["draft"] in distilled]
+    lines = [line for line in run.distinct_checkpoints if line["draft"] in distilled]
     block_size = min((line["block_size"] for line in lines), default=None)
     lines = [line for line in lines if line["block_size"] == block_size]
-    groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
-        groups.setdefault((line["task"], line.get("temperature")), []).append(line)
+        how = f" ({decoding(line)})" if "temperature" in line else ""
+        groups.setdefault(line["task"] + how, []).append(line)
     found = []
-    for i, ((task, temperature), mine) in enumerate(groups.items(), start=1):
+    for i, (how, mine) in enumerate(groups.items(), start=1):
         before = {
             row["draft"]: row["block_efficiency_offline"]
             for row in run.distinct_results
-            if (row["task"], row["block_size"]) == (task, block_size)
-            and temperature in (None, row.get("temperature"))
+            if row["block_size"] == block_size
+            and how in (row["task"], f"{row['task']} ({decoding(row)})")
             and row["draft"] not in distilled
             and row.get("block_efficiency_offline") is not None
         }
-        how = task if temperature is None else f"{task} ({decoding(mine[0])})"
         title = f"Block efficiency at γ = {block_size}, {how}"
         found.append(draw_growth(f"checkpoints_{i}.png", mine, before, known, title))
     return found

@@ -16,6 +16,7 @@ class Task:
       temperature: 0 is greedy.
       top_p: nucleus, of draft and target alike.
       max_new_tokens: per answer.
+      top_k: of draft and target alike, before top-p; 0 keeps all.
     """
 
     name: str
@@ -23,9 +24,11 @@ class Task:
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 128
+    top_k: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
             raise ConfigError(
-                f"task {self.name}: temperature must not be negative, top_p lie in (0, 1], max_new_tokens be positive"
+                f"task {self.name}: temperature and top_k must not be negative, top_p lie in (0, 1], max_new_tokens be "
+                "positive"
             )

@@ -67,10 +67,10 @@ def draw_growth(
     title: str,
     printed: Mapping[str, float] | None = None,
 ) -> Picture:
-    """Block efficiency over a draft's steps with bands.
+    """Block efficiency over a draft's steps: a line with a band, computed offline; open markers where decoded.
 
     Args:
-      lines: with ``draft``, ``step`` and ``block_efficiency_offline``.
+      lines: with ``draft`` and ``step``, and ``block_efficiency_offline``, ``block_efficiency`` or both.
       before: undistilled drafts, as level lines.
       printed: what a paper prints, by what it is of: open markers at the left.
     """
@@ -83,12 +83,17 @@ def draw_growth(
         for name in dict.fromkeys(line["draft"] for line in lines):
             look = look_of(known, name)
             points = sorted((line for line in lines if line["draft"] == name), key=lambda line: line["step"])
-            steps = [line["step"] for line in points]
-            heights = [line["block_efficiency_offline"] for line in points]
+            offline = [line for line in points if line.get("block_efficiency_offline") is not None]
+            steps, heights = _over_steps(offline, "block_efficiency_offline")
             axes.plot(steps, heights, color=look.colour, marker=look.marker, markersize=4, label=look.label)
-            if all("block_efficiency_offline_ci95" in line for line in points):
-                bands = np.array([line["block_efficiency_offline_ci95"] for line in points])
+            if offline and all("block_efficiency_offline_ci95" in line for line in offline):
+                bands = np.array([line["block_efficiency_offline_ci95"] for line in offline])
                 axes.fill_between(steps, bands[:, 0], bands[:, 1], color=look.colour, alpha=0.14, linewidth=0)
+            decoded = [line for line in points if line.get("block_efficiency") is not None]
+            empty = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": look.colour, "linestyle": ""}
+            axes.plot(*_over_steps(decoded, "block_efficiency"), look.marker, **empty, zorder=3)
+        if any(line.get("block_efficiency") is not None for line in lines):
+            axes.plot([], [], "o", markerfacecolor="white", markeredgecolor=INK, linestyle="", label="seen by decoding")
         for label, height in (printed or {}).items():
             open_marker = {"markersize": 7, "markerfacecolor": "white", "markeredgecolor": INK, "linestyle": ""}
             axes.plot(0.03, height, "D", transform=axes.get_yaxis_transform(), **open_marker, label=label)
@@ -98,6 +103,10 @@ def draw_growth(
         legend(figure, axes)
 
     return plotting.picture(file, f"{title}, over distillation steps", draw)
+
+
+def _over_steps(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def _curve(axes: Any, stage: Stage, look: Look, key: str) -> None:

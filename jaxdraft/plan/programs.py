@@ -83,8 +83,9 @@ def programs(context: PlannedContext, stage: Stage, plan: StagePlan, devices: Se
         drafts = {name: _draft(context, name) for name in stage.drafts}
         name, draft = max(drafts.items(), key=lambda item: item[1].num_parameters)
         prompt = max(prompts_of(task.prompts, context.recipe).tokens for task in stage.tasks)
-        new, sampled = max(t.max_new_tokens for t in stage.tasks), any(t.temperature for t in stage.tasks)
-        batch = Decoding(stage.batch_size, prompt, new, mesh.shape["data"], mesh.shape["tensor"])
+        new = max(task.max_new_tokens for task in stage.tasks)
+        sampled = any(stage.temperatures or [task.temperature for task in stage.tasks])
+        batch = Decoding(max(stage.batch_sizes), prompt, new, mesh.shape["data"], mesh.shape["tensor"])
         yield _prefill(stage.name, "the target reads prompts", context.target_shape, batch, mesh)
         alone = _writes(stage.name, "the target alone", context.target_shape, batch, mesh, sampled)
         yield dataclasses.replace(alone, multiple=None)
@@ -265,7 +266,7 @@ def _blocks(
 
 
 def _decode_remedies(stage: str) -> tuple[str, ...]:
-    return (f"a smaller {stage}.batch_size or max_new_tokens", "a larger mesh.decode_tensor", "more chips")
+    return (f"smaller batches or max_new_tokens of {stage}", "a larger mesh.decode_tensor", "more chips")
 
 
 def _draft(context: PlannedContext, name: str) -> ModelConfig:

@@ -5,6 +5,7 @@ whichever is longer: training is bound by products, decoding by reading the weig
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -243,14 +244,15 @@ class _Planner:
 
     def _evaluate(self, stage: Evaluate, plan: StagePlan) -> None:
         plan.parameters, plan.tokens = self.target.num_parameters, 0.0
-        for task in stage.tasks:
+        for task, rows in itertools.product(stage.tasks, stage.batch_sizes):
             count, tokens, notes = prompts_of(task.prompts, self.recipe)
-            plan.notes += [f"{task.name}: {note}" for note in notes]
+            if rows == stage.batch_sizes[0]:
+                plan.notes += [f"{task.name}: {note}" for note in notes]
             if count is None:
                 continue
-            batches = math.ceil(count / stage.batch_size)
-            repeats = batches * stage.repeats
-            batch = self._batch(stage.batch_size, tokens, task.max_new_tokens)
+            count *= max(1, len(stage.temperatures))
+            repeats = math.ceil(count / rows) * stage.repeats
+            batch = self._batch(rows, tokens, task.max_new_tokens)
             steps = repeats * task.max_new_tokens
             plan.phases.append(batch.prefill(self.target, repeats, "target"))
             plan.phases.append(Phase("target alone", steps, *batch.step(self.target)))
@@ -266,12 +268,13 @@ class _Planner:
                     plan.phases.append(Phase("target checks blocks", blocks, *batch.step(self.target, size + 1)))
                     plan.phases.append(Phase("draft proposes", blocks * size, *batch.step(draft)))
                     plan.tokens += count * task.max_new_tokens
-        groups = self._batch(stage.batch_size, 1, 1)
-        if groups.groups > 1 and stage.batch_size % groups.groups:
-            plan.notes.append(
-                f"batch_size {stage.batch_size} does not divide over {groups.groups} groups of chips, which all do the "
-                "same: mesh.decode_tensor would spread a row over more of them"
-            )
+        for rows in stage.batch_sizes:
+            groups = self._batch(rows, 1, 1).groups
+            if groups > 1 and rows % groups:
+                plan.notes.append(
+                    f"a batch of {rows} does not divide over {groups} groups of chips, which all do the same: "
+                    "mesh.decode_tensor would spread a row over more of them"
+                )
 
     def _forward(self, name: str, tokens: float, length: int, draft: ModelConfig | None = None) -> Phase:
         """The target over texts, and a draft beside it; weights are read once per 8192 tokens of a chip."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdraft.decode import generate, generate_batches, step_latency
+from jaxdraft.decode import Sampling, generate, generate_batches, step_latency
 from jaxdraft.decode.generate import start, write
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, for_decoding
@@ -119,4 +119,6 @@ def test_repeats_must_be_positive(tiny, prompts):
 
 
 def test_step_latency_is_a_time(tiny):
-    assert 0 < step_latency(tiny.target, tiny.target_params, batch=2, width=3, context=5, repeats=2) < 10
+    sampling = Sampling(*(np.full(2, value, kind) for value, kind in ((0.6, "f"), (0.9, "f"), (0, "i"))))
+    for how in ({}, {"sampling": sampling}, {"last_only": True}):
+        assert 0 < step_latency(tiny.target, tiny.target_params, batch=2, width=3, slots=13, **how) < 10

@@ -154,7 +154,7 @@ def test_an_interval_is_over_prompts_and_over_seeds() -> None:
     alone = pooled_ratio(above_P[None], below_P[None])
     # The same answers from every seed say no more than those of one.
     np.testing.assert_allclose(pooled_ratio(np.stack([above_P] * 3), np.stack([below_P] * 3)), alone, rtol=0.01)
-    one_way = with_interval("x", ratio_of_sums(above_P, below_P), 40)
+    one_way = with_interval("x", ratio_of_sums(above_P, below_P))
     np.testing.assert_allclose(alone, [one_way["x"], *one_way["x_ci95"]], rtol=0.01)
     # Equal prompts, different seeds: as likely as not one seed is drawn twice.
     seeds_SP = np.repeat([[1.0], [3.0]], 40, axis=1)

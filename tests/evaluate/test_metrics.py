@@ -23,16 +23,21 @@ def test_counts_by_hand():
     assert found["acceptance_rate"] == pytest.approx(2 / 3, abs=1e-6)
     assert found["block_efficiency_full"] == pytest.approx(3)
     assert found["acceptance_by_position"] == [0.75, 0.75, 0.5]
+    # Resamples hold one prompt twice, or both: blocks 3, 2; or 0, 3; or all four.
+    assert found["acceptance_by_position_ci95"] == [[0.5, 1.0], [0.5, 1.0], [0.5, 0.5]]
+
+
+def test_a_draft_that_stops_early_is_counted_by_what_it_proposed():
+    stopped = [SpeculativeResult(tokens=[1] * 5, accepted=[1, 2], cut=False, drafted=[1, 3], rejected=[-1, 4])]
+    found = metrics.acceptance_metrics(stopped, block_size=3, ratio=0.1)
+    assert found["acceptance_rate"] == 0.75
+    assert found["acceptance_by_position"] == [1, 0.5, 0]
+    assert found["mbsu"] == pytest.approx(2.5 / (1 + 0.1 * 2))
 
 
 def test_mbsu_is_the_papers_with_its_own_figures():
     # Direct Alignment: 115M / 6.7B, block efficiency 2.3 at γ = 3 gives a little less than 2.3, not 0.04.
     assert metrics.mbsu(2.3, 115 / 6738, 3) == pytest.approx(2.188, abs=1e-3)
-
-
-def test_predicted_speedup_of_a_free_draft_is_block_efficiency():
-    assert metrics.predicted_speedup(2.5, 4, draft=0.0, target_1=2.0, target_block=2.0) == 2.5
-    assert metrics.predicted_speedup(2.5, 4, draft=0.5, target_1=2.0, target_block=3.0) == pytest.approx(1.0)
 
 
 def test_intervals_hold_the_value_shrink_with_prompts_and_repeat():
@@ -41,9 +46,8 @@ def test_intervals_hold_the_value_shrink_with_prompts_and_repeat():
     for count in (20, 2000):
         tokens = rng.integers(10, 60, count)
         blocks = tokens / rng.uniform(1.5, 3, count)
-        statistic = metrics.ratio_of_sums(tokens, blocks)
-        found = metrics.with_interval("x", statistic, count)
-        assert found == metrics.with_interval("x", statistic, count)
+        found = metrics.with_interval("x", metrics.ratio_of_sums(tokens, blocks))
+        assert found == metrics.with_interval("x", metrics.ratio_of_sums(tokens, blocks))
         low, high = found["x_ci95"]
         assert low < found["x"] < high
         widths.append(high - low)

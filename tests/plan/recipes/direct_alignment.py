@@ -64,7 +64,7 @@ def recipe(
                     Task("xsum", tasks["xsum"]),
                     Task("cnn_dm", tasks["cnn_dm"]),
                 ),
-                batch_size=8,
+                batch_sizes=(8,),
                 repeats=1,
             ),
             Export("export", draft="distill", dtype="bfloat16"),

@@ -82,7 +82,7 @@ def recipe(
                     for name in tasks
                     for kind, temperature in {"greedy": 0.0, "sampled": 0.6}.items()
                 ),
-                batch_size=8,
+                batch_sizes=(8,),
                 repeats=1,
             ),
             Export("export", draft="finetune", dtype="bfloat16"),

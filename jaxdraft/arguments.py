@@ -1,0 +1,58 @@
+"""Kinds of values on the command line, each with the words for one that is wrong."""
+
+import argparse
+import math
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """``3,5``: whole numbers of at least 1, each once."""
+    return _each(text, int, lambda value: value >= 1, "whole numbers of at least 1 with commas, as in 3,5")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """``0,0.6``: numbers of at least 0, each once."""
+    return _each(text, float, lambda value: 0 <= value < math.inf, "numbers of at least 0 with commas, as in 0,0.6")
+
+
+def checkpoints(text: str) -> tuple[int, ...]:
+    """``100,200``, or nothing for ``all``."""
+    return () if text == "all" else integers(text)
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """``10:20``: the first step and the one to stop before."""
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write the first step and the one to stop before, as in 10:20")
+    return int(first), int(end)
+
+
+def seed(text: str) -> int:
+    """A whole number below 2³¹."""
+    if not text.isdigit() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number from 0 to 2**31 - 1")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 0")
+    return int(text)
+
+
+def _each(text, kind, is_valid, what):
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(map(is_valid, values)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write {what}")
+    return tuple(dict.fromkeys(values))
