@@ -213,15 +213,14 @@ def read_run(folder: Path) -> RunDirectory:
             content = _read_json(file)
             draft = content.get("draft_stage", file.parent.name)
             results += [{**run, "draft": draft} for run in content["runs"]]
-            curves += [
-                _with_intervals({**curve, "draft": draft}, results) for curve in content.get("best_block_size", ())
-            ]
+            found = ({**curve, "draft": draft} for curve in content.get("best_block_size", ()))
+            curves += [_with_intervals(curve, results) for curve in found]
             samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
             parameters[draft] = content["parameters"]
             circumstances[draft] = content.get("settings", {})
             if content.get("perplexity") is not None:
-                found = content["perplexity"]
-                perplexity[draft] = found if isinstance(found, dict) else {"perplexity": found}
+                value = content["perplexity"]
+                perplexity[draft] = value if isinstance(value, dict) else {"perplexity": value}
     return RunDirectory(
         folder,
         recipe,

@@ -21,9 +21,10 @@ function fill(list, options, chosen) {
 function blockOf([drafted, kept, accepted, refused, own], number) {
   const made = element("span", "block", "");
   const bonus = kept === drafted;
-  let end = "the answer ends inside the block";
-  if (own !== null) end = bonus ? "and one more from the target" : "then the target's own";
-  made.title = `block ${number + 1}: ${kept} of ${drafted} draft tokens accepted, ${end}`;
+  const end = bonus ? "and one more from the target" : "then the target's own";
+  const whole = `draft tokens accepted, ${end}`;
+  const cut = "draft tokens stand here; the answer ends inside the block";
+  made.title = `block ${number + 1}: ${kept} of ${drafted} ${own === null ? cut : whole}`;
   if (accepted) made.append(element("span", "d", accepted));
   if (refused !== null) made.append(element("del", "r", refused.replaceAll("\n", "⏎")));
   if (own) made.append(element("span", bonus ? "b" : "o", own));

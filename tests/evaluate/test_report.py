@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -384,6 +385,63 @@ def test_every_figure_draws_the_run_s_own(run: Path, drawn: dict[str, bytes]) ->
         "while_learning_2.png",
         "acceptance.png",
     }
+
+
+NEW = {"acceptance_by_class", "tpot", "tpot_ci95", "tpot_autoregressive", "draft_latency"}
+NEW |= {"target_latency_1", "target_latency_block"}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_results_of_earlier_versions_lack_some_fields(run: Path) -> None:
+    def strip(results: dict[str, Any]) -> None:
+        del results["best_block_size"]
+        results["runs"] = [{key: row[key] for key in row if key not in NEW} for row in results["runs"]]
+
+    for draft in DRAFTS:
+        edit(run / "evaluate" / draft / "results.json", strip)
+    page = write_report(run)
+    words = text_of(page.read_text())
+    assert "2.58" in words
+    for missing in ("The best γ", "class of token", "Time per output token", "fastest block size"):
+        assert missing not in words
+    assert not [path.name for path in page.parent.iterdir() if path.name.startswith(("classes", "best_block"))]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_batch_sizes_differ_in_speed_alone(run: Path) -> None:
+    def double(results: dict[str, Any]) -> None:
+        ones = [{**row, "batch_size": 1, "measured_speedup_ci95": [1.1, 1.2]} for row in results["runs"]]
+        results["runs"] = [{**row, "batch_size": 8, "token_rate_ratio": 0.456} for row in ones] + ones
+
+    for draft in DRAFTS:
+        edit(run / "evaluate" / draft / "results.json", double)
+    found = read_run(run)
+    assert (len(found.results), {row["batch_size"] for row in found.distinct_results}) == (48, {1})
+    assert found.curves[0]["curve"][3]["measured_speedup_ci95"] == [1.1, 1.2]
+    assert "measured_speedup_ci95" not in found.curves[0]["curve"][2]
+    assert "measured_speedup_ci95" not in found.curves[1]["curve"][3]  # batch size 2
+    page = write_report(run)
+    words, names = text_of(page.read_text()), {path.name for path in page.parent.glob("*.png")}
+    assert words.count("0.46 ") == 6 * len(DRAFTS)
+    assert "came 1.35 to 2.00 times as fast" in words
+    assert {"block_efficiency_gamma_3.png", "token_rate_ratio_gamma_3_batch_8.png", "positions_3.png"} <= names
+    assert not names & {"token_rate_ratio_gamma_3.png", "positions_4.png"}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: chromium")
+@pytest.mark.usefixtures("no_figures")
+def test_the_viewer_shows_what_the_page_shows_without_it(run: Path, tmp_path: Path) -> None:
+    page = write_report(run)
+    static = re.search(r'id="samples-without-script".*?<pre>(.*?)</pre>', page.read_text(), re.DOTALL)
+    quiet = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync")
+    command = ["chromium", "--headless", "--no-sandbox", *quiet, "--disable-component-update", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", page.as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    shown = re.search(r'data-part="answer"[^>]*>(.*?)</pre>', seen, re.DOTALL)
+    assert static
+    assert shown
+    assert html.unescape(shown[1]) == html.unescape(static[1])
+    assert re.search(r'<div id="samples-without-script" class="samples" hidden="">', seen)
 
 
 @pytest.mark.usefixtures("no_figures")
