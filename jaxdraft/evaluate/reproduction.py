@@ -9,7 +9,7 @@ from jaxdraft.evaluate.collect import RunDirectory
 from jaxdraft.evaluate.comparison import group_by_seed
 from jaxdraft.evaluate.papers import TASKS, Column, Paper, Reproduction, Row, papers
 from jaxdraft.evaluate.tables import Cell, Table, measured
-from jaxdraft.evaluate.words import decoding, listed, number
+from jaxdraft.evaluate.words import decoding, listed
 
 
 class Metric(NamedTuple):
@@ -196,7 +196,7 @@ def _table(found: Reproduced, columns: Sequence[Column]) -> Table:
         for line, (row, _) in zip(lines, found.rows, strict=True):
             ours, theirs = found.cells.get((row.name, column)), found.printed(row, column)
             cell = measured(ours, "value", best, metric.digits) if ours else Cell("–")
-            beside = "" if theirs is None else f"{found.theirs} {number(theirs, metric.digits)}"
+            beside = "" if theirs is None else f"{found.theirs} {theirs:,.{metric.digits}f}"
             line.append(cell._replace(beside=beside))
     return Table([Cell("Draft", "stage"), *(_heading(found, column) for column in columns)], lines)
 
