@@ -104,7 +104,8 @@ class RunDirectory:
       while_learning: the lines of block_efficiency.jsonl with ``draft``, the stage that wrote it.
       parameters: draft stage -> {"target", "draft", "ratio"}.
       circumstances: draft stage -> what all its results have in common, such as the number format and the devices.
-      perplexity: draft stage -> ``perplexity`` and its interval, where it was measured.
+      perplexity: draft stage -> ``perplexity`` and what else is known of it, where it was measured.
+      target_perplexity: the same of the target; empty where it was not measured.
     """
 
     folder: Path
@@ -119,6 +120,7 @@ class RunDirectory:
     parameters: dict[str, dict[str, float]]
     circumstances: dict[str, dict[str, Any]]
     perplexity: dict[str, dict[str, Any]]
+    target_perplexity: dict[str, Any]
 
     def stage(self, name: str) -> Stage | None:
         """The stage called ``name``."""
@@ -204,7 +206,7 @@ def read_run(folder: Path) -> RunDirectory:
     answers |= {s["name"] for s in planned if s.get("kind") == "Score" and s["data"] in answers}
     stages = [_read_stage(folder, stage, answers) for stage in planned]
     results, curves, samples, checkpoints, while_learning = [], [], [], [], []
-    parameters, circumstances, perplexity = {}, {}, {}
+    parameters, circumstances, perplexity, target_perplexity = {}, {}, {}, {}
     for stage in stages:
         measured = read_lines(folder / stage.name / "block_efficiency.jsonl")
         while_learning += [{"draft": stage.name, **line} for line in measured]
@@ -218,9 +220,8 @@ def read_run(folder: Path) -> RunDirectory:
             samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
             parameters[draft] = content["parameters"]
             circumstances[draft] = content.get("settings", {})
-            if content.get("perplexity") is not None:
-                value = content["perplexity"]
-                perplexity[draft] = value if isinstance(value, dict) else {"perplexity": value}
+            if "perplexity" in content:
+                perplexity[draft], target_perplexity = content["perplexity"], content.get("target_perplexity", {})
     return RunDirectory(
         folder,
         recipe,
@@ -234,6 +235,7 @@ def read_run(folder: Path) -> RunDirectory:
         parameters,
         circumstances,
         perplexity,
+        target_perplexity,
     )
 
 

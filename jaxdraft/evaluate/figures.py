@@ -140,10 +140,10 @@ def draw_classes(file: str, rows: Sequence[Mapping[str, Any]], known: Mapping[st
                     left = place + (i - (len(rows) - 1) / 2) * width
                     _bar(axes, left, 0.9 * width, found, "rate", look, len(rows) * len(kinds) <= _MOST_NUMBERS)
         most = {kind: max(_proposed(row, kind) for row in rows) for kind in kinds}
-        axes.set_xticks(range(len(kinds)), [f"{kind}\n≤ {most[kind]:,}" for kind in kinds], fontsize=8)
+        axes.set_xticks(range(len(kinds)), [f"{kind}\n({most[kind]:,})" for kind in kinds], fontsize=8)
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, 1.05)
-        axes.set_xlabel("class of the token, and at most how many of it were proposed")
+        axes.set_xlabel("class of token (proposed, at most)")
         axes.set_ylabel("share accepted")
         axes.set_title(f"Acceptance by class of token\n{title}")
         legend(figure, axes)

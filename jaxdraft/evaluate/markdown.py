@@ -59,6 +59,7 @@ def _parts(context: Mapping[str, Any]) -> Iterator[str]:
     yield _images(pictures["block_efficiency"])
     yield from _section("MBSU, times the target alone", context["mbsu"])
     yield _images(pictures["mbsu"])
+    yield from _section("Perplexity", context["perplexity"])
     yield from _gallery("Block efficiency while it learned", pictures["while_learning"])
     yield from _gallery("Block efficiency over checkpoints", pictures["checkpoints"])
     yield from _gallery("Acceptance by position", pictures["positions"])

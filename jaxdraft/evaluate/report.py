@@ -40,6 +40,7 @@ from jaxdraft.evaluate.tables import (
     csv_tables,
     latency_table,
     model_table,
+    perplexity_table,
     pivot,
     speed_table,
     stage_table,
@@ -118,7 +119,7 @@ def _inline(picture: Picture) -> str:
 
 def _context(run: RunDirectory, few: RunDirectory, summary: Summary) -> dict[str, Any]:
     """What page and Markdown show besides pictures; ``few`` is ``run`` with the drafts that are shown one by one."""
-    shown = samples(few, summary.baseline)
+    shown = samples(run, summary.baseline)
     return {
         "title": run.recipe.get("title") or run.recipe.get("name") or run.folder.name,
         "description": run.recipe.get("description", ""),
@@ -136,6 +137,7 @@ def _context(run: RunDirectory, few: RunDirectory, summary: Summary) -> dict[str
         "smoothed": f"{SMOOTHED_FRACTION:.0%}",
         "block_efficiency": pivot(few, "block_efficiency"),
         "mbsu": pivot(few, "mbsu"),
+        "perplexity": perplexity_table(run),
         "speed": speed_table(run, summary.best),
         "latencies": latency_table(run, summary.best),
         "block_sizes": block_size_table(few),

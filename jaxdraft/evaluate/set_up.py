@@ -56,6 +56,12 @@ def _set_up(found: Reproduced) -> Iterator[SetUp]:
         yield from _decoded(found)
         formats = [run.circumstances.get(draft, {}).get("dtype", "–") for draft in drafts]
         yield SetUp("Weights", listed(formats), paper.weights or _NOT_SAID)
+    if any(column.metric == "perplexity" for column in found.columns):
+        texts = [
+            f"{of['text']}, {amount(of['tokens'])} tokens in windows of {of['length']:,}"
+            for of in (run.perplexity[draft] for draft in drafts if draft in run.perplexity)
+        ]
+        yield SetUp("Perplexity", listed(texts), f"WikiText-2, windows {_NOT_SAID}")
     if any(column.metric == "token_rate_ratio" for column in found.columns):
         yield SetUp("Machine", listed(map(str, run.record.get("devices", ()))) or "–", _NOT_SAID)
     if published.tasks:

@@ -137,6 +137,22 @@ def measured(row: Mapping[str, Any], metric: str, best: float | None = None, dig
     return Cell(number(row.get(metric), digits), detail, best is not None and row[metric] == best)
 
 
+def perplexity_table(run: RunDirectory) -> Table:
+    """Perplexity of the target and of each draft; empty where none was measured."""
+    found = {**({"target": run.target_perplexity} if run.target_perplexity else {}), **run.perplexity}
+    columns = {Cell("Perplexity", "per token"): "perplexity", Cell("Perplexity", "per word"): "word_perplexity"}
+    columns[Cell("Bits", "per byte")] = "bits_per_byte"
+    rows = [
+        [
+            Cell(name),
+            Cell(row["text"], f"{count(row['tokens'])} tokens, windows of {row['length']:,}"),
+            *(measured(row, key) for key in columns.values()),
+        ]
+        for name, row in found.items()
+    ]
+    return Table([*headings("Model", "Text"), *columns], rows, names=2)
+
+
 def comparison_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Table]:
     """For each task and decoding setting a table of groups of drafts, the best of each column marked."""
     return {title: _comparison_table(groups) for title, groups in ranked(rows).items()}
@@ -255,6 +271,8 @@ def csv_tables(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> di
         for found in run.curves
         for point in found["curve"]
     ]
+    perplexity = [{"draft": draft, **found} for draft, found in run.perplexity.items()]
+    perplexity += [{"draft": "target", **run.target_perplexity}] if run.target_perplexity else []
     stages = [
         {"name": stage.name, "kind": stage.kind, "status": stage.status, "seconds": stage.seconds, **stage.summary}
         for stage in run.stages
@@ -264,6 +282,7 @@ def csv_tables(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> di
         "acceptance_by_position": positions,
         "acceptance_by_class": classes,
         "best_block_size": block_sizes,
+        "perplexity": perplexity,
         "comparison": comparison,
         "checkpoints": run.checkpoints,
         "while_learning": run.while_learning,

@@ -54,7 +54,12 @@ def make_run(folder: Path, paper: str, name: str, names: dict[str, str] | None =
         perplexity = None
         for j, column in enumerate(exhibit.columns):
             if column.metric == "perplexity":
-                perplexity = 100 + our_value(i, j)
+                perplexity = {
+                    "perplexity": 100 + our_value(i, j),
+                    "text": "wikitext-2",
+                    "tokens": 280_000,
+                    "length": 512,
+                }
             elif column.task is not None:
                 task = names.get(column.task, column.task)
                 setting = {"task": task, "block_size": column.block_size, "temperature": column.temperature}
@@ -68,7 +73,9 @@ def make_run(folder: Path, paper: str, name: str, names: dict[str, str] | None =
                 ]
         parameters = {"target": TARGET, "draft": DRAFT, "ratio": DRAFT / TARGET}
         results = {"draft_stage": stage, "parameters": parameters, "runs": list(runs.values())}
-        results |= {"settings": {"dtype": "float32"}, "perplexity": perplexity}
+        results |= {"settings": {"dtype": "float32"}}
+        if perplexity:
+            results |= {"perplexity": perplexity, "target_perplexity": {**perplexity, "perplexity": 12.34}}
         write_json(folder / "evaluate" / stage / "results.json", results)
     lines = "".join(json.dumps(line) + "\n" for line in checkpoints)
     (folder / "evaluate" / "checkpoints.jsonl").write_text(lines)
@@ -171,6 +178,16 @@ def test_what_differs_is_told_from_the_run(tmp_path: Path) -> None:
     (reproduced,) = reproductions(read_run(tmp_path), [])
     assert "γ 3 and 5" in agreements(reproduced)
     assert "Dolly decoded T 0.6" in agreements(reproduced)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_text_of_perplexity_is_told(tmp_path: Path) -> None:
+    make_run(tmp_path, "fastdraft", "Table 1")
+    ours = "wikitext-2, 280 thousand tokens in windows of 512"
+    assert set_up(tmp_path)["Perplexity"] == (ours, "WikiText-2, windows not said")
+    page = write_report(tmp_path)
+    assert ">12.34<" in page.read_text()
+    assert "12.34" in (page.parent / "perplexity.csv").read_text()
 
 
 def test_other_settings_are_told(tmp_path: Path) -> None:
