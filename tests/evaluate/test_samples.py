@@ -135,3 +135,19 @@ def test_the_viewer_has_every_sample() -> None:
     static = first_of_each_task(made, "second")
     assert [(s.decoding, s.prompt_id) for s in static] == [(h, p) for h in ("greedy", "T 0.6") for p in ("one", "two")]
     assert {(sample.draft, sample.block_size) for sample in static} == {("second", 5)}
+
+
+def test_a_text_does_not_begin_within_a_character() -> None:
+    """Of bytes that do not make characters all are lost, as Hugging Face's byte fallback has it."""
+
+    def decode(ids: Any, skip_special: bool = True) -> str:
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "\N{REPLACEMENT CHARACTER}" * len(ids)
+
+    byte_wise = cast(Tokenizer, SimpleNamespace(eos_id=0, decode=decode))
+    byte_wise.fragments = lambda ids: Tokenizer.fragments(byte_wise, ids)  # type: ignore[method-assign]
+    prompt, answer = list("水木火".encode()), list("土金".encode())
+    one_each = {"prompt_tokens": prompt, "tokens": answer, "accepted": [0] * 6, "block_size": 1}
+    assert [block.own for block in blocks(byte_wise, one_each)] == ["", "", "土", "", "", "金"]
