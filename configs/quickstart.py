@@ -15,7 +15,7 @@ from jaxdraft.data.stdlib import PythonLibrary, PythonTask
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import KL, TVD, CrossEntropy, TVDPlusPlus
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe import Evaluate, Export, Generate, Prepare, Recipe, Train, TrainTokenizer
+from jaxdraft.recipe import Evaluate, Export, Generate, Prepare, Recipe, Reproduction, Train, TrainTokenizer
 
 CORPUS = (PythonLibrary("text"), PythonLibrary("instructions"), PythonLibrary("code", limit=60))
 LENGTH = 160
@@ -23,6 +23,9 @@ LENGTH = 160
 TARGET = ModelConfig(
     hidden_size=128, intermediate_size=384, num_layers=6, num_heads=2, num_kv_heads=2, max_positions=512
 )
+# Rows and tasks of Direct Alignment's figures, and what stands for them here.
+LOSSES = {"KLD": "distill-kl", "TVD": "distill-tvd", "TVD++": "distill-tvdpp"}
+TASKS = {"dolly": "open", "xsum": "summary"}
 DRAFT = ModelConfig(hidden_size=64, intermediate_size=192, num_layers=1, num_heads=2, num_kv_heads=2)
 
 
@@ -58,6 +61,10 @@ def recipe():
         tokenizer="tokenizer",
         target="target",
         draft=DRAFT,
+        reproduces=(
+            Reproduction("direct-alignment", "Figure 1", rows=LOSSES, tasks=TASKS),
+            Reproduction("direct-alignment", "Figure 2", rows={"base": "pretrain", **LOSSES}, tasks=TASKS),
+        ),
         stages=(
             TrainTokenizer("tokenizer", sources=CORPUS, vocab_size=1024),
             Prepare("corpus", sources=CORPUS, length=LENGTH),

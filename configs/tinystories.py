@@ -19,7 +19,7 @@ from jaxdraft.data.sources import Text
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import KL, TVD, CrossEntropy, TVDPlusPlus
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Train
+from jaxdraft.recipe import Evaluate, Export, Generate, HFModel, Prepare, Recipe, Reproduction, Train
 
 LENGTH = 128
 LOSSES = {"distill-ce": CrossEntropy(), "distill-kl": KL(), "distill-tvd": TVD(), "distill-tvdpp": TVDPlusPlus()}
@@ -48,6 +48,14 @@ def recipe(*, target: HFModel, text: Text):
         title="A draft for a target of TinyStories' size",
         description="The target is somebody else's; the draft is pretrained on the text given and distilled from it.",
         target=target,
+        reproduces=(
+            Reproduction(
+                "fastdraft",
+                "Table 3",
+                rows={"CE": "distill-ce", "KL": "distill-kl", "TVD": "distill-tvd"},
+                tasks={"tinystories": ("story", "story, sampled")},
+            ),
+        ),
         draft=ModelConfig(hidden_size=32, intermediate_size=88, num_layers=2, num_heads=4, num_kv_heads=4),
         stages=(
             Prepare("corpus", sources=(Passages(text),), length=LENGTH),

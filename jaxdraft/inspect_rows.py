@@ -17,7 +17,7 @@ import numpy as np
 from jaxdraft.data.quarantine import QUARANTINE
 from jaxdraft.data.records import MANIFEST, PackedRows
 from jaxdraft.errors import ConfigError, unknown_name
-from jaxdraft.evaluate.figures import decoding
+from jaxdraft.evaluate.words import decoding
 from jaxdraft.home import Home
 from jaxdraft.inspect import print_facts, printable
 from jaxdraft.models.hub import model_folder

@@ -18,9 +18,9 @@ from jaxdraft.context import Context
 from jaxdraft.data.prompts import example_id
 from jaxdraft.decode import Speculation, SpeculativeResult, acceptance, speculative_generate, token_probabilities
 from jaxdraft.errors import ConfigError
-from jaxdraft.evaluate.figures import decoding
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics, ratio_of_sums, with_interval
+from jaxdraft.evaluate.words import decoding
 from jaxdraft.models import Decoder, ModelConfig
 from jaxdraft.models.decoder import Params
 from jaxdraft.recipe import TARGET, Generate, Train

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxdraft.data.pipeline import rows_per_batch
 from jaxdraft.errors import ConfigError, unknown_name
+from jaxdraft.evaluate.papers import Reproduction
 from jaxdraft.losses import parts
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe_data import DraftVocabulary, Prepare, Score, Stage, Subset, TopK, TrainTokenizer
@@ -23,6 +24,7 @@ __all__ = [
     "HFModel",
     "Prepare",
     "Recipe",
+    "Reproduction",
     "Score",
     "Stage",
     "Subset",
@@ -76,9 +78,11 @@ class Recipe:
       description: one paragraph for the report.
       seed: of all randomness.
       mesh: how devices are laid out.
+      reproduces: tables and figures of the papers that the report shows beside what these stages give.
 
     Raises:
-      ConfigError: two stages of one name, or a stage that reads what no earlier stage makes.
+      ConfigError: two stages of one name, a stage that reads what no earlier stage makes, or a table of a paper that
+        names a stage or a task which is not here.
     """
 
     title: str
@@ -89,6 +93,7 @@ class Recipe:
     description: str = ""
     seed: int = 0
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    reproduces: tuple[Reproduction, ...] = ()
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**31:
@@ -113,6 +118,12 @@ class Recipe:
                 raise ConfigError("a target that is trained needs tokenizer= the TrainTokenizer stage, or a folder")
         if isinstance(self.tokenizer, str):
             self._check_reference("tokenizer", self.tokenizer, earlier, (TrainTokenizer,))
+        trained = [stage.name for stage in self.stages if isinstance(stage, Train)]
+        evaluations = [stage for stage in self.stages if isinstance(stage, Evaluate)]
+        for i, reproduction in enumerate(self.reproduces):
+            reproduction.check(trained, evaluations)
+            if any(other.published is reproduction.published for other in self.reproduces[:i]):
+                raise ConfigError(f"reproduces names {reproduction.paper}, {reproduction.exhibit} twice")
 
     def stage(self, name: str) -> Stage:
         """The stage of that name.

@@ -4,11 +4,13 @@ Nothing has to be there: a stage that has not run has no numbers, a run without 
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.words import decoding
 
 # What a reader calls a model's dimensions -> the names ModelConfig and Hugging Face's config.json give them.
 _SHAPE = {
@@ -96,10 +98,14 @@ class RunDirectory:
       stages: in the recipe's order, also those that have not run.
       results: one dict per draft, task, block size and decoding setting, with INTERFACE.md's fields and ``draft``,
         the stage that trained the draft.
+      curves: predicted speed-up over block sizes with the best one, per draft, task, decoding setting and batch size.
       samples: the lines of samples.jsonl with the same ``draft``.
       checkpoints: the lines of checkpoints.jsonl.
       while_learning: the lines of block_efficiency.jsonl with ``draft``, the stage that wrote it.
       parameters: draft stage -> {"target", "draft", "ratio"}.
+      circumstances: draft stage -> what all its results have in common, such as the number format and the devices.
+      perplexity: draft stage -> ``perplexity`` and what else is known of it, where it was measured.
+      target_perplexity: the same of the target; empty where it was not measured.
     """
 
     folder: Path
@@ -107,10 +113,14 @@ class RunDirectory:
     record: dict[str, Any]
     stages: list[Stage]
     results: list[dict[str, Any]]
+    curves: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
     while_learning: list[dict[str, Any]]
     parameters: dict[str, dict[str, float]]
+    circumstances: dict[str, dict[str, Any]]
+    perplexity: dict[str, dict[str, Any]]
+    target_perplexity: dict[str, Any]
 
     def stage(self, name: str) -> Stage | None:
         """The stage called ``name``."""
@@ -128,6 +138,16 @@ class RunDirectory:
         ordered = [stage.name for stage in self.stages if stage.name in found]
         return ordered + sorted(found - set(ordered))
 
+    @property
+    def distinct_results(self) -> list[dict[str, Any]]:
+        """Of results that differ only in their batch size, on which nothing but speed depends, the smallest one's."""
+        return _of_smallest_batch(self.results)
+
+    @property
+    def distinct_checkpoints(self) -> list[dict[str, Any]]:
+        """The same of checkpoints, which may have been decoded with."""
+        return _of_smallest_batch(self.checkpoints)
+
     def tokenizer_folder(self) -> Path | None:
         """Folder with the run's tokenizer: a stage's, otherwise the target's."""
         folders = [self.folder / stage.name / sub for stage in self.stages for sub in ("", "model")]
@@ -141,6 +161,12 @@ class RunDirectory:
         """The Hugging Face folder that the recipe names as its target; None for a target that a stage trains."""
         target = self.recipe.get("target")
         return Path(target["path"]) if isinstance(target, dict) else None
+
+    def max_new_tokens(self, result: Mapping[str, Any]) -> int | None:
+        """How long answers might get in a result, from it or from the recipe's task; None where neither says."""
+        tasks = [task for stage in self.recipe.get("stages", ()) for task in stage.get("tasks", ())]
+        named: dict[str, Any] = next((task for task in tasks if task["name"] == result["task"]), {})
+        return result.get("max_new_tokens", named.get("max_new_tokens"))
 
     def shapes(self, draft: str | None) -> dict[str, dict[str, Any]]:
         """Dimensions of "target" and "draft", with "Parameters", as far as they are known.
@@ -179,7 +205,8 @@ def read_run(folder: Path) -> RunDirectory:
     answers = {s["name"] for s in planned if s.get("kind") == "Generate" and "target" in _writers(s)}
     answers |= {s["name"] for s in planned if s.get("kind") == "Score" and s["data"] in answers}
     stages = [_read_stage(folder, stage, answers) for stage in planned]
-    results, samples, checkpoints, while_learning, parameters = [], [], [], [], {}
+    results, curves, samples, checkpoints, while_learning = [], [], [], [], []
+    parameters, circumstances, perplexity, target_perplexity = {}, {}, {}, {}
     for stage in stages:
         measured = read_lines(folder / stage.name / "block_efficiency.jsonl")
         while_learning += [{"draft": stage.name, **line} for line in measured]
@@ -188,10 +215,28 @@ def read_run(folder: Path) -> RunDirectory:
             content = _read_json(file)
             draft = content.get("draft_stage", file.parent.name)
             results += [{**run, "draft": draft} for run in content["runs"]]
+            found = ({**curve, "draft": draft} for curve in content.get("best_block_size", ()))
+            curves += [_with_intervals(curve, results) for curve in found]
             samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
             parameters[draft] = content["parameters"]
-    record = _read_if_there(folder / "run.json")
-    return RunDirectory(folder, recipe, record, stages, results, samples, checkpoints, while_learning, parameters)
+            circumstances[draft] = content.get("settings", {})
+            if "perplexity" in content:
+                perplexity[draft], target_perplexity = content["perplexity"], content.get("target_perplexity", {})
+    return RunDirectory(
+        folder,
+        recipe,
+        _read_if_there(folder / "run.json"),
+        stages,
+        results,
+        curves,
+        samples,
+        checkpoints,
+        while_learning,
+        parameters,
+        circumstances,
+        perplexity,
+        target_perplexity,
+    )
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -209,6 +254,28 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{file}, line {number} is not JSON ({error}): delete its stage's folder") from error
     return lines
+
+
+def _with_intervals(curve: dict[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A curve whose measured points have the intervals of the results that they are of."""
+    of = lambda row: (row["draft"], row["task"], decoding(row), row.get("batch_size"))
+    key = "measured_speedup_ci95"
+    known = {row["block_size"]: row[key] for row in results if of(row) == of(curve) and key in row}
+    points = [
+        {**point, key: known[point["block_size"]]}
+        if "measured_speedup" in point and point["block_size"] in known
+        else point
+        for point in curve["curve"]
+    ]
+    return {**curve, "curve": points}
+
+
+def _of_smallest_batch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row.get("batch_size", 1)):
+        found.setdefault((row["draft"], row.get("step"), row["task"], decoding(row), row["block_size"]), row)
+    kept = {id(row) for row in found.values()}
+    return [row for row in rows if id(row) in kept]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from jaxdraft.evaluate.collect import RunDirectory, Stage
-from jaxdraft.evaluate.figures import decoding
 from jaxdraft.evaluate.metrics import RESAMPLES, mbsu, plain
+from jaxdraft.evaluate.words import decoding
 
 MOST_DRAFTS = 12  # that the page shows one by one
 FEWER_DRAFTS = 7  # shown where there are more: as many as have colours of their own, the first one's included
 
-_SETTING = ("task", "temperature", "top_p", "block_size")
+# What tells one setting from another, as far as a line names it; the batch size changes nothing but speed.
+_SETTING = ("task", "temperature", "top_p", "top_k", "verification", "drafting", "stop_below", "block_size")
 # Metric -> the sums over prompts that it is the ratio of.
 _RATIOS = {
-    "acceptance_rate": ("accepted", "drafted"),
+    "acceptance_rate": ("accepted", "drafted_complete"),
     "block_efficiency": ("tokens", "blocks"),
     "block_efficiency_offline": ("target_tokens", "expected_blocks"),
     "overlap": ("overlap_sum", "target_tokens"),
@@ -85,18 +86,18 @@ def compare(run: RunDirectory) -> list[dict[str, Any]]:
     groups = group_by_seed(run, run.drafts)
     if all(len(group.drafts) == 1 for group in groups):
         return []
-    answers: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    answers: dict[tuple[str, tuple[Any, ...]], dict[str, dict[str, Any]]] = {}
     for line in run.samples:
-        key = (line["draft"], *(line[name] for name in _SETTING))
-        answers.setdefault(key, {})[str(line["id"])] = line
-    settings = dict.fromkeys(key[1:] for key in answers)
+        setting = tuple((name, line[name]) for name in _SETTING if name in line)
+        answers.setdefault((line["draft"], setting), {})[str(line["id"])] = line
+    settings = dict.fromkeys(setting for _, setting in answers)
     rows = []
     for group in groups:
         for setting in settings:
-            by_seed = [answers[key] for draft in group.drafts if (key := (draft, *setting)) in answers]
+            by_seed = [answers[key] for draft in group.drafts if (key := (draft, setting)) in answers]
             prompts = [prompt for prompt in by_seed[0] if all(prompt in seed for seed in by_seed)] if by_seed else []
             if prompts:
-                ratio, block_size = run.parameters[group.drafts[0]]["ratio"], setting[-1]
+                ratio = run.parameters[group.drafts[0]]["ratio"]
                 counts = [[_counts(seed[prompt]) for prompt in prompts] for seed in by_seed]
                 rows.append(
                     {
@@ -105,8 +106,8 @@ def compare(run: RunDirectory) -> list[dict[str, Any]]:
                         "data": group.data,
                         "seeds": len(by_seed),
                         "prompts": len(prompts),
-                        **dict(zip(_SETTING, setting, strict=True)),
-                        **_pooled(counts, block_size, ratio),
+                        **dict(setting),
+                        **_pooled(counts, ratio),
                     }
                 )
     return rows
@@ -118,21 +119,25 @@ def _counts(line: Mapping[str, Any]) -> dict[str, float]:
     # A block that is not cut writes its accepted tokens and one more.
     is_cut = len(line["tokens"]) < sum(accepted) + len(accepted)
     complete = accepted[:-1] if is_cut else accepted
+    drafted = line.get("drafted", [line["block_size"]] * len(accepted))
     return {
         "tokens": len(line["tokens"]),
         "blocks": len(accepted),
         "accepted": sum(complete),
-        "drafted": line["block_size"] * len(complete),
+        "drafted": sum(drafted),
+        "drafted_complete": sum(drafted[: len(complete)]),
         **{key: line.get(key, np.nan) for key in ("target_tokens", "expected_blocks", "overlap_sum")},
     }
 
 
-def _pooled(counts: Sequence[Sequence[Mapping[str, float]]], block_size: int, ratio: float) -> dict[str, Any]:
+def _pooled(counts: Sequence[Sequence[Mapping[str, float]]], ratio: float) -> dict[str, Any]:
     """The metrics of one group in one setting, from counts per seed and prompt."""
     found = {}
     for name, sums in _RATIOS.items():
         found[name] = pooled_ratio(*(np.array([[c[key] for c in seed] for seed in counts]) for key in sums))
-    found["mbsu"] = [mbsu(value, ratio, block_size) for value in found["block_efficiency"]]
+    drafted = np.sum([[c["drafted"] for c in seed] for seed in counts])
+    blocks = np.sum([[c["blocks"] for c in seed] for seed in counts])
+    found["mbsu"] = [mbsu(value, ratio, drafted / blocks) for value in found["block_efficiency"]]
     row: dict[str, Any] = {}
     for name, values in found.items():
         value, low, high = map(plain, values)
@@ -175,6 +180,7 @@ def fewer_drafts(run: RunDirectory, first: str | None) -> RunDirectory:
         run,
         stages=[stage for stage in run.stages if stage.name not in left_out],
         results=kept(run.results),
+        curves=kept(run.curves),
         checkpoints=kept(run.checkpoints),
         while_learning=kept(run.while_learning),
     )

@@ -6,10 +6,13 @@ All of it is counted in ``manifest.json`` of packed rows and in ``answers.json``
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxdraft.evaluate import plotting
 from jaxdraft.evaluate.collect import Stage
-from jaxdraft.evaluate.figures import Picture, decoding, draw_answer_lengths
+from jaxdraft.evaluate.plotting import COLOURS, Picture, legend
 from jaxdraft.evaluate.tables import Cell, Table, headings
-from jaxdraft.evaluate.verdict import count, number
+from jaxdraft.evaluate.words import count, decoding, number
 
 _ORIGIN = ("revision", "licence")
 _LENGTHS = ("answers", "mean", "median", "p95", "max")
@@ -128,9 +131,31 @@ def _left_out(stage: Stage) -> Iterator[tuple[str, Mapping[str, int]]]:
 def length_pictures(stages: Sequence[Stage]) -> list[Picture]:
     """A figure for each Generate stage."""
     return [
-        draw_answer_lengths(f"answer_lengths_{i}.png", stage.name, stage.account["lengths"])
+        _draw_lengths(f"answer_lengths_{i}.png", stage.name, stage.account["lengths"])
         for i, stage in enumerate(answer_stages(stages), start=1)
     ]
+
+
+def _draw_lengths(file: str, name: str, lengths: Mapping[str, Mapping[str, Any]]) -> Picture:
+    """The share of answers of each length, a line per temperature; within a bin of the histogram all have the same."""
+
+    def draw(figure: Any) -> None:
+        from matplotlib.ticker import PercentFormatter
+
+        axes = figure.subplots()
+        for i, (temperature, spread) in enumerate(lengths.items()):
+            counts, width = np.array(spread["histogram"]["counts"]), spread["histogram"]["width"]
+            edges, label = np.arange(len(counts) + 1) * width, decoding({"temperature": float(temperature)})
+            colour = COLOURS[i % len(COLOURS)]
+            axes.stairs(counts / (counts.sum() * width), edges, color=colour, linewidth=1.6, label=label)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens of an answer")
+        axes.set_ylabel("answers of this length")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_title(f"Length of the answers of {name}")
+        legend(figure, axes)
+
+    return plotting.picture(file, f"Lengths of the answers of {name}, by temperature", draw)
 
 
 def dataset_csvs(stages: Sequence[Stage]) -> dict[str, Sequence[Mapping[str, Any]]]:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxdraft.evaluate.collect import RunDirectory, Stage
 from jaxdraft.evaluate.comparison import ranked
-from jaxdraft.evaluate.figures import decoding
-from jaxdraft.evaluate.verdict import count, number
+from jaxdraft.evaluate.words import count, decoding, number, seconds
 
 _KINDS = {
     "Prepare": "Cuts text into rows of tokens",
@@ -23,7 +22,7 @@ _KINDS = {
     "Export": "Writes a Hugging Face folder",
 }
 _SHOWN_ELSEWHERE = ("rows", "tokens", "steps", "parameters", "shape")
-_KEY = ("draft", "task", "temperature", "top_p", "block_size")
+_KEY = ("draft", "task", "temperature", "top_p", "batch_size", "block_size")
 _FIRST = ("stage", "group", *_KEY)
 _COMPARED = {
     "Acceptance rate": "acceptance_rate",
@@ -34,11 +33,19 @@ _COMPARED = {
 
 
 class Cell(NamedTuple):
-    """A table's cell: its text, a smaller second text, and whether it is the best of those it is compared with."""
+    """A table's cell.
+
+    Attributes:
+      text: what it says.
+      detail: a smaller second text, such as an interval.
+      best: whether it is the best of those it is compared with.
+      beside: a third text, what it is to be compared with.
+    """
 
     text: str
     detail: str = ""
     best: bool = False
+    beside: str = ""
 
 
 class Table(NamedTuple):
@@ -112,21 +119,38 @@ def model_table(run: RunDirectory, draft: str | None) -> Table | None:
 
 def pivot(run: RunDirectory, metric: str) -> Table:
     """Tasks and block sizes down, drafts across; the best of each row marked."""
-    cells = {(row["task"], decoding(row), row["block_size"], row["draft"]): row for row in run.results}
+    cells = {(row["task"], decoding(row), row["block_size"], row["draft"]): row for row in run.distinct_results}
     rows = []
     for task, how, block_size in dict.fromkeys(key[:3] for key in cells):
         found = [cells.get((task, how, block_size, draft)) for draft in run.drafts]
         best = max(row[metric] for row in found if row)
         names = [Cell(task, how), Cell(str(block_size))]
-        rows.append(names + [_measured(row, metric, best) if row else Cell("–") for row in found])
+        rows.append(names + [measured(row, metric, best) if row else Cell("–") for row in found])
     losses = {name: stage.loss if (stage := run.stage(name)) else "" for name in run.drafts}
     return Table([*headings("Task", "γ"), *(Cell(name, loss) for name, loss in losses.items())], rows)
 
 
-def _measured(row: Mapping[str, Any], metric: str, best: float | None = None, digits: int = 2) -> Cell:
+def measured(row: Mapping[str, Any], metric: str, best: float | None = None, digits: int = 2) -> Cell:
+    """A number with its interval, marked where it equals ``best``."""
     interval = row.get(f"{metric}_ci95")
     detail = " – ".join(number(end, digits) for end in interval) if interval else ""
     return Cell(number(row.get(metric), digits), detail, best is not None and row[metric] == best)
+
+
+def perplexity_table(run: RunDirectory) -> Table:
+    """Perplexity of the target and of each draft; empty where none was measured."""
+    found = {**({"target": run.target_perplexity} if run.target_perplexity else {}), **run.perplexity}
+    columns = {Cell("Perplexity", "per token"): "perplexity", Cell("Perplexity", "per word"): "word_perplexity"}
+    columns[Cell("Bits", "per byte")] = "bits_per_byte"
+    rows = [
+        [
+            Cell(name),
+            Cell(row["text"], f"{count(row['tokens'])} tokens, windows of {row['length']:,}"),
+            *(measured(row, key) for key in columns.values()),
+        ]
+        for name, row in found.items()
+    ]
+    return Table([*headings("Model", "Text"), *columns], rows, names=2)
 
 
 def comparison_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Table]:
@@ -143,7 +167,7 @@ def _comparison_table(groups: Sequence[Sequence[dict[str, Any]]]) -> Table:
         cells = [next((row for row in group if row["block_size"] == block_size), None) for group in groups]
         best = max((row[metric] for row in cells if row and row[metric] is not None), default=None)
         for line, row in zip(lines, cells, strict=True):
-            line.append(_measured(row, metric, best, digits=3) if row else Cell("–"))
+            line.append(measured(row, metric, best, digits=3) if row else Cell("–"))
     return Table(columns, lines, names=2)
 
 
@@ -155,16 +179,70 @@ def speed_table(run: RunDirectory, draft: str | None) -> Table:
         "Measured ratio": "token_rate_ratio",
         "Predicted ratio": "predicted_speedup",
     }
-    rows = [
-        [
-            Cell(row["task"], decoding(row)),
-            Cell(str(row["block_size"])),
-            *(_measured(row, key) for key in columns.values()),
-        ]
-        for row in run.results
-        if row["draft"] == draft
-    ]
-    return Table(headings("Task", "γ", *columns), rows)
+    rows = [row for row in run.results if row["draft"] == draft]
+    lines = [[*_where(row, run), *(measured(row, key) for key in columns.values())] for row in rows]
+    return Table([*_where_headings(run), *headings(*columns)], lines)
+
+
+def latency_table(run: RunDirectory, draft: str | None) -> Table:
+    """Time per output token with ``draft`` and alone, and of the steps that it is made of; empty where not measured."""
+    columns = {
+        Cell("Per token", "alone"): "tpot_autoregressive",
+        Cell("Per token", "with draft"): "tpot",
+        Cell("Draft step", "l_D"): "draft_latency",
+        Cell("Target step", "1 token"): "target_latency_1",
+        Cell("Target step", "γ + 1 tokens"): "target_latency_block",
+        Cell("Compiling", "with draft, once"): "compile_seconds",
+    }
+    rows = [row for row in run.results if row["draft"] == draft]
+    known = {head: key for head, key in columns.items() if any(row.get(key) is not None for row in rows)}
+    lines = [[*_where(row, run), *(_timed(row, key) for key in known.values())] for row in rows]
+    return Table([*_where_headings(run), *known], lines if known else [])
+
+
+def _timed(row: Mapping[str, Any], key: str) -> Cell:
+    interval = row.get(f"{key}_ci95") or ()
+    return Cell(seconds(row.get(key)), " – ".join(map(seconds, interval)))
+
+
+def _where(row: Mapping[str, Any], run: RunDirectory) -> list[Cell]:
+    """Cells that say which setting a result is of."""
+    batch = [Cell(str(row["batch_size"]))] if _several_batches(run) else []
+    return [Cell(row["task"], decoding(row)), Cell(str(row["block_size"])), *batch]
+
+
+def _where_headings(run: RunDirectory) -> list[Cell]:
+    return headings("Task", "γ", *(["Batch"] if _several_batches(run) else []))
+
+
+def _several_batches(run: RunDirectory) -> bool:
+    return len({row.get("batch_size") for row in run.results}) > 1
+
+
+def block_size_table(run: RunDirectory) -> Table:
+    """The best block size of each draft, task and batch size: as predicted, and of those that were measured."""
+    lines = []
+    for found in sorted(run.curves, key=lambda found: run.drafts.index(found["draft"])):
+        best = max(found["curve"], key=lambda point: point["predicted_speedup"])
+        tried = [point for point in found["curve"] if point.get("measured_speedup") is not None]
+        fastest = max(tried, key=lambda point: point["measured_speedup"], default=None)
+        lines.append(
+            [
+                Cell(found["task"], decoding(found)),
+                Cell(found["draft"]),
+                Cell(str(found["batch_size"])),
+                Cell(_block_size(best["block_size"])),
+                Cell(f"{number(best['predicted_speedup'])}×"),
+                Cell(_block_size(fastest["block_size"]) if fastest else "–"),
+                Cell(f"{number(fastest['measured_speedup'])}×" if fastest else "–"),
+            ]
+        )
+    columns = [*headings("Task", "Draft", "Batch"), Cell("Best γ", "predicted"), Cell("Speed-up", "predicted")]
+    return Table([*columns, Cell("Best γ", "of those measured"), Cell("Speed-up", "measured")], lines, names=2)
+
+
+def _block_size(size: int) -> str:
+    return str(size) if size else "no draft"
 
 
 def _duration(seconds: float | None) -> str:
@@ -175,13 +253,26 @@ def _duration(seconds: float | None) -> str:
 
 
 def csv_tables(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """results, acceptance_by_position, checkpoints, while_learning, stages and comparison, for ``write_csvs``."""
-    results = [{key: row[key] for key in row if not key.startswith("acceptance_by_position")} for row in run.results]
+    """Tables by the name of their file, for ``write_csvs``."""
+    nested = ("acceptance_by_position", "acceptance_by_position_ci95", "acceptance_by_class")
+    results = [{key: row[key] for key in row if key not in nested} for row in run.results]
     positions = [
-        {**{key: row.get(key) for key in _KEY}, "position": i, "accepted": share}
+        {**{key: row[key] for key in _KEY if key in row}, "position": i, "accepted": share}
         for row in run.results
         for i, share in enumerate(row.get("acceptance_by_position", ()), start=1)
     ]
+    classes = [
+        {**{key: row[key] for key in _KEY if key in row}, "class": kind, **found}
+        for row in run.results
+        for kind, found in row.get("acceptance_by_class", {}).items()
+    ]
+    block_sizes = [
+        {**{key: found[key] for key in found if key != "curve"}, **point}
+        for found in run.curves
+        for point in found["curve"]
+    ]
+    perplexity = [{"draft": draft, **found} for draft, found in run.perplexity.items()]
+    perplexity += [{"draft": "target", **run.target_perplexity}] if run.target_perplexity else []
     stages = [
         {"name": stage.name, "kind": stage.kind, "status": stage.status, "seconds": stage.seconds, **stage.summary}
         for stage in run.stages
@@ -189,6 +280,9 @@ def csv_tables(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> di
     return {
         "results": results,
         "acceptance_by_position": positions,
+        "acceptance_by_class": classes,
+        "best_block_size": block_sizes,
+        "perplexity": perplexity,
         "comparison": comparison,
         "checkpoints": run.checkpoints,
         "while_learning": run.while_learning,

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxdraft.evaluate.collect import RunDirectory
-from jaxdraft.evaluate.figures import decoding
-
-_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+from jaxdraft.evaluate.words import count, decoding, in_words, number
 
 
 class Figure(NamedTuple):
@@ -45,31 +43,14 @@ def summarise(run: RunDirectory) -> Summary:
         sentences = [_gain(run, best, baseline), _comparisons(run, best, baseline)]
     else:
         sentences = [_alone(run, best, bool(distilled))]
-    sentences += [_size(run, best), _speed(run, best), _lossless(run)]
+    sentences += [_size(run, best), _speed(run, best), _best_block_size(run, best), _lossless(run)]
     return Summary(best, baseline, [sentence for sentence in sentences if sentence], _figures(run, best))
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """``value`` with three or more significant digits, ``digits`` after the point below 100; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.{digits}f}"
-
-
-def count(value: float | None) -> str:
-    """``value`` with thousands separators; a dash for None."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def in_words(amount: int, noun: str) -> str:
-    """``amount`` and its noun: "three tasks"."""
-    word = _WORDS[amount] if amount < len(_WORDS) else str(amount)
-    return f"{word} {noun}{'' if amount == 1 else 's'}"
 
 
 def _cells(run: RunDirectory, draft: str) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The draft's results by task, decoding setting and block size."""
-    return {(row["task"], decoding(row), row["block_size"]): row for row in run.results if row["draft"] == draft}
+    mine = [row for row in run.distinct_results if row["draft"] == draft]
+    return {(row["task"], decoding(row), row["block_size"]): row for row in mine}
 
 
 def _shared(run: RunDirectory, drafts: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -171,6 +152,24 @@ def _speed(run: RunDirectory, best: str) -> str:
     return words + (f"; {slower} of {len(ratios)} settings were slower than no draft at all." if slower else ".")
 
 
+def _best_block_size(run: RunDirectory, best: str) -> str:
+    """Which γ is predicted to be the fastest, for each batch size; empty where it was not looked for."""
+    found: dict[int, list[int]] = {}
+    for curve in run.curves:
+        if curve["draft"] == best:
+            found.setdefault(curve["batch_size"], []).append(curve["best_block_size"])
+    if not found:
+        return ""
+    words = [f"{_between(sizes)} at batch size {batch}" for batch, sizes in sorted(found.items())]
+    return f"The fastest block size, predicted from latencies measured here, is {', '.join(words)}."
+
+
+def _between(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    first = f"γ = {low}" if low else "no draft at all"
+    return first if low == high else f"{first} to {high}, depending on the task,"
+
+
 def _lossless(run: RunDirectory) -> str:
     rows = [row for row in run.results if not row.get("temperature") and row.get("identical_to_target") is not None]
     if not rows:
@@ -203,5 +202,6 @@ def _figures(run: RunDirectory, best: str) -> list[Figure]:
         if rows:
             top = max(rows, key=lambda row: row[metric])
             where = f"{top['draft']}, {top['task']}, γ = {top['block_size']}"
+            where += f", batch {top['batch_size']}" if top.get("batch_size", 1) > 1 else ""
             found.append(Figure(number(top[metric]) + unit, name, f"{meaning}: {where}"))
     return found

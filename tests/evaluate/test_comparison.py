@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.decode import SpeculativeResult
-from jaxdraft.evaluate import figures
+from jaxdraft.evaluate import plotting
 from jaxdraft.evaluate.collect import Stage, read_run
 from jaxdraft.evaluate.comparison import compare, fewer_drafts, group_by_seed, pooled_ratio
 from jaxdraft.evaluate.metrics import acceptance_metrics, ratio_of_sums, with_interval
@@ -85,7 +85,7 @@ def two_seeds(folder: Path) -> Path:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "_picture", lambda file, alt, draw, height=0: figures.Picture(file, alt, b""))
+    monkeypatch.setattr(plotting, "picture", lambda file, alt, draw, height=0: plotting.Picture(file, alt, b""))
 
 
 def names(folder: Path, *stages: dict[str, Any]) -> dict[str, tuple[str, ...]]:

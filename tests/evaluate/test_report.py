@@ -2,11 +2,13 @@
 
 import base64
 import csv
+import hashlib
 import html
 import itertools
 import json
 import re
 import shutil
+import subprocess
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,9 @@ import numpy as np
 import pytest
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.evaluate import figures
+from jaxdraft.evaluate import figures, plotting, training_figures
 from jaxdraft.evaluate.collect import read_run
-from jaxdraft.evaluate.report import accepted_spans, write_report
+from jaxdraft.evaluate.report import write_report
 from jaxdraft.evaluate.verdict import summarise
 from jaxdraft.tokenizer_training import train_sentencepiece
 from jaxdraft.tokenizers import load_tokenizer
@@ -90,12 +92,31 @@ def make_result(draft: str, task: str, block_size: int) -> dict[str, Any]:
         "tokens_per_second_autoregressive": 412.3,
         "token_rate_ratio": ratio,
         "token_rate_ratio_ci95": [ratio - 0.04, ratio + 0.05],
+        "acceptance_by_class": {
+            kind: {"accepted": round(90 * rate), "proposed": 90, "rate": rate, "rate_ci95": [rate - 0.05, rate + 0.05]}
+            for kind, rate in {"first": 0.3, "punctuation": efficiency / 4, "other": efficiency / 5}.items()
+        },
+        "tpot": 0.0024 / efficiency,
+        "tpot_ci95": [0.0023 / efficiency, 0.0025 / efficiency],
+        "tpot_autoregressive": 0.0024,
         "draft_latency": 0.00031,
         "target_latency_1": 0.0024,
         "target_latency_block": 0.0031,
         "predicted_speedup": 0.66 * efficiency,
         "identical_to_target": None if temperature else 24,
     }
+
+
+def make_curve(task: str, batch_size: int) -> dict[str, Any]:
+    """Predicted speed-ups that are highest at γ = 4 / batch size, and one that was measured."""
+    temperature, top_p, base = TASKS[task]
+    points = [
+        {"block_size": n, "block_efficiency": 1 + n / 2, "predicted_speedup": base - abs(n - 4 / batch_size) / 8}
+        for n in range(9)
+    ]
+    points[3]["measured_speedup"] = base - 0.2
+    setting = {"task": task, "temperature": temperature, "top_p": top_p, "batch_size": batch_size}
+    return {**setting, "best_block_size": 4 // batch_size, "curve": points}
 
 
 def make_samples(folder: Path, draft: str, block_size: int, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -108,9 +129,11 @@ def make_samples(folder: Path, draft: str, block_size: int, rng: np.random.Gener
             accepted: list[int] = []
             while sum(accepted) + len(accepted) < len(tokens):
                 accepted.append(int(rng.binomial(block_size, min(0.9, base / 5 + 0.1 * (draft != "pretrain")))))
+            rejected = [-1 if count == block_size else int(rng.integers(5, 300)) for count in accepted]
             prompt = f"Write the documentation of function number {i}.\n\ndef wrap(text, width=70):\n    "
             lines.append({"id": i, "task": task, "block_size": block_size, "temperature": temperature, "top_p": top_p})
             lines[-1] |= {"prompt_tokens": tokenizer.encode(prompt), "tokens": tokens, "accepted": accepted}
+            lines[-1]["rejected"] = rejected
     return lines
 
 
@@ -167,6 +190,7 @@ def make_run(folder: Path) -> None:
     for draft in DRAFTS:
         runs = [make_result(draft, task, block_size) for task in TASKS for block_size in (3, 5)]
         results = {"target": "target", "draft": draft, "draft_stage": draft, "parameters": parameters, "runs": runs}
+        results["best_block_size"] = [make_curve(task, batch_size) for task in TASKS for batch_size in (1, 2)]
         write_json(folder / "evaluate" / draft / "results.json", results)
         samples = [line for block_size in (3, 5) for line in make_samples(folder, draft, block_size, rng)]
         write_lines(folder / "evaluate" / draft / "samples.jsonl", samples)
@@ -184,6 +208,8 @@ def make_run(folder: Path) -> None:
             height = 1.5 + 0.4 * block_size * (1 - np.exp(-step / (80 + 40 * i))) * (1 - 0.3 * temperature)
             line = {"step": step, "temperature": temperature, "top_p": 0.9, "block_size": block_size}
             line |= {"block_efficiency_offline": height, "block_efficiency_offline_ci95": [height - 0.1, height + 0.1]}
+            if temperature:
+                line |= {"block_efficiency": height + 0.05, "decoded_prompts": 4}
             measured.append(line | {"prompts": 32, "tokens": 2048})
         write_lines(folder / draft / "block_efficiency.jsonl", measured)
 
@@ -204,7 +230,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that read the words need not wait for the drawings."""
-    monkeypatch.setattr(figures, "_picture", lambda file, alt, draw, height=0: figures.Picture(file, alt, b""))
+    monkeypatch.setattr(plotting, "picture", lambda file, alt, draw, height=0: plotting.Picture(file, alt, b""))
 
 
 def text_of(page: str) -> str:
@@ -229,11 +255,13 @@ def drawn(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 def test_files(drawn: dict[str, bytes]) -> None:
     metrics = ("block_efficiency", "mbsu", "token_rate_ratio")
     bars = {f"{metric}_gamma_{block_size}.png" for metric in metrics for block_size in (3, 5)}
-    each = {f"{kind}_{i}.png" for kind in ("checkpoints", "positions") for i in (1, 2, 3)}
+    kinds = ("checkpoints", "positions", "classes", "best_block_size")
+    each = {f"{kind}_{i}.png" for kind in kinds for i in (1, 2, 3)}
     each |= {"while_learning_1.png", "while_learning_2.png"}
     pictures = bars | each | {"loss.png", "acceptance.png", "loss_distillation.png"}
     tables = {"results.csv", "acceptance_by_position.csv", "checkpoints.csv", "while_learning.csv", "stages.csv"}
-    assert set(drawn) == pictures | tables | {"index.html"}
+    tables |= {"acceptance_by_class.csv", "best_block_size.csv"}
+    assert set(drawn) == pictures | tables | {"index.html", "report.md"}
     inline = re.findall(r'src="data:image/png;base64,([^"]+)"', drawn["index.html"].decode())
     assert sorted(map(base64.b64decode, inline)) == sorted(drawn[name] for name in pictures)
 
@@ -246,10 +274,20 @@ def test_same_run_same_bytes(run: Path, drawn: dict[str, bytes]) -> None:
 
 def test_needs_nothing_from_outside(drawn: dict[str, bytes]) -> None:
     page = re.sub(r"base64,[A-Za-z0-9+/=]+", "", drawn["index.html"].decode())
-    assert not re.search(r"https?:|//[a-z]|<script|@import|url\(", page)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|\bfetch\(|\bimport\(", page)
     linked = [source for source in re.findall(r'(?:src|href)="([^"]*)"', page) if not source.startswith("data:")]
     assert "results.csv" in linked
-    assert set(linked) <= set(drawn)
+    assert {source for source in linked if not source.startswith("#")} <= set(drawn)
+    assert {source[1:] for source in linked if source.startswith("#")} <= set(re.findall(r'id="([^"]+)"', page))
+
+
+def test_only_the_page_s_own_script_may_run(drawn: dict[str, bytes]) -> None:
+    page = drawn["index.html"].decode()
+    (script,) = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy
+    assert policy[1] == f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -262,6 +300,7 @@ def test_verdict(run: Path) -> None:
     assert "the best draft is distill_tvdpp (TVD++)" in words
     assert "ahead of pretrain in 6 of 6 comparisons (task × γ), in 6 of them with 95% intervals" in words
     assert "text came 1.35 to 2.00 times as fast with it" in words
+    assert "predicted from latencies measured here, is γ = 4 at batch size 1, γ = 2 at batch size 2" in words
     assert "All 384 greedy answers" in words
 
 
@@ -299,13 +338,16 @@ SHOWN = {
     "predicted_speedup": 2.7891,
     "tokens_per_second": 765.4321,
     "tokens_per_second_autoregressive": 654.321,
+    "tpot": 0.123456,
+    "draft_latency": 0.0456789,
 }
+AS_SHOWN = {"tpot": "123 ms", "draft_latency": "45.7 ms"}
 
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("key", SHOWN)
 def test_every_number_is_the_run_s_own(run: Path, key: str) -> None:
-    shown = f"{SHOWN[key]:.1f}" if SHOWN[key] > 100 else f"{SHOWN[key]:.2f}"
+    shown = AS_SHOWN.get(key) or (f"{SHOWN[key]:.1f}" if SHOWN[key] > 100 else f"{SHOWN[key]:.2f}")
     assert shown not in text_of(write_report(run).read_text())
     edit(
         run / "evaluate" / "distill_tvdpp" / "results.json",
@@ -322,6 +364,7 @@ def test_every_figure_draws_the_run_s_own(run: Path, drawn: dict[str, bytes]) ->
         summary_3["token_rate_ratio_ci95"][0] -= 0.1
         summary_5["mbsu"] += 0.1
         summary_3["block_efficiency_offline"] -= 0.1
+        summary_5["acceptance_by_class"]["other"]["rate"] += 0.1
 
     edit(run / "evaluate" / "pretrain" / "results.json", change)
     file = run / "distill_kl" / "metrics.jsonl"
@@ -331,13 +374,76 @@ def test_every_figure_draws_the_run_s_own(run: Path, drawn: dict[str, bytes]) ->
     file = run / "distill_tvd" / "block_efficiency.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert (lines[7]["temperature"], lines[7]["block_size"]) == (0.6, 5)
-    lines[7]["block_efficiency_offline"] += 0.2
+    lines[7]["block_efficiency"] += 0.2
     write_lines(file, lines)
     now = contents(write_report(run).parent)
     changed = {name for name in now if name.endswith(".png") and now[name] != drawn[name]}
     bars = {"block_efficiency_gamma_3.png", "mbsu_gamma_5.png", "token_rate_ratio_gamma_3.png"}
     # Tasks are numbered in their order: 1 is open-ended, 2 the summary.
-    assert changed == bars | {"positions_1.png", "checkpoints_2.png", "while_learning_2.png", "acceptance.png"}
+    assert changed == bars | {
+        "positions_1.png",
+        "classes_2.png",
+        "checkpoints_2.png",
+        "while_learning_2.png",
+        "acceptance.png",
+    }
+
+
+NEW = {"acceptance_by_class", "tpot", "tpot_ci95", "tpot_autoregressive", "draft_latency"}
+NEW |= {"target_latency_1", "target_latency_block"}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_results_of_earlier_versions_lack_some_fields(run: Path) -> None:
+    def strip(results: dict[str, Any]) -> None:
+        del results["best_block_size"]
+        results["runs"] = [{key: row[key] for key in row if key not in NEW} for row in results["runs"]]
+
+    for draft in DRAFTS:
+        edit(run / "evaluate" / draft / "results.json", strip)
+    page = write_report(run)
+    words = text_of(page.read_text())
+    assert "2.58" in words
+    for missing in ("The best γ", "class of token", "Time per output token", "fastest block size"):
+        assert missing not in words
+    assert not [path.name for path in page.parent.iterdir() if path.name.startswith(("classes", "best_block"))]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_batch_sizes_differ_in_speed_alone(run: Path) -> None:
+    def double(results: dict[str, Any]) -> None:
+        ones = [{**row, "batch_size": 1, "measured_speedup_ci95": [1.1, 1.2]} for row in results["runs"]]
+        results["runs"] = [{**row, "batch_size": 8, "token_rate_ratio": 0.456} for row in ones] + ones
+
+    for draft in DRAFTS:
+        edit(run / "evaluate" / draft / "results.json", double)
+    found = read_run(run)
+    assert (len(found.results), {row["batch_size"] for row in found.distinct_results}) == (48, {1})
+    assert found.curves[0]["curve"][3]["measured_speedup_ci95"] == [1.1, 1.2]
+    assert "measured_speedup_ci95" not in found.curves[0]["curve"][2]
+    assert "measured_speedup_ci95" not in found.curves[1]["curve"][3]  # batch size 2
+    page = write_report(run)
+    words, names = text_of(page.read_text()), {path.name for path in page.parent.glob("*.png")}
+    assert words.count("0.46 ") == 6 * len(DRAFTS)
+    assert "came 1.35 to 2.00 times as fast" in words
+    assert {"block_efficiency_gamma_3.png", "token_rate_ratio_gamma_3_batch_8.png", "positions_3.png"} <= names
+    assert not names & {"token_rate_ratio_gamma_3.png", "positions_4.png"}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: chromium")
+@pytest.mark.usefixtures("no_figures")
+def test_the_viewer_shows_what_the_page_shows_without_it(run: Path, tmp_path: Path) -> None:
+    page = write_report(run)
+    static = re.search(r'id="samples-without-script".*?<pre>(.*?)</pre>', page.read_text(), re.DOTALL)
+    quiet = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync")
+    command = ["chromium", "--headless", "--no-sandbox", *quiet, "--disable-component-update", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", page.as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    shown = re.search(r'data-part="answer"[^>]*>(.*?)</pre>', seen, re.DOTALL)
+    assert static
+    assert shown
+    assert html.unescape(shown[1]) == html.unescape(static[1])
+    assert re.search(r'<div id="samples-without-script" class="samples" hidden="">', seen)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -372,11 +478,17 @@ def test_nothing_in_a_run_becomes_markup(run: Path) -> None:
     edit(run / "recipe.json", lambda recipe: recipe.update(title=HOSTILE, description=HOSTILE))
     edit(run / "run.json", lambda record: record.update(command=["jaxdraft", HOSTILE], git=HOSTILE))
     page = write_report(run).read_text()
-    assert "<script" not in page
+    assert re.findall("<script[^>]*>", page) == ['<script type="application/json" id="viewer-data">', "<script>"]
+    assert page.count("</script>") == 2
     assert not re.search(r"<[^>]*onerror", page)
     # Title twice, description, sample's name twice, prompt, command, git: all there, as text.
     assert page.count("&lt;script src=&#34;https://evil.example/x.js&#34;&gt;") >= 7
-    assert HOSTILE in html.unescape(re.sub(r"</?span[^>]*>", "", page.split('id="samples"')[1]))
+    samples = page.split('id="samples"')[1].split("</section>")[0]
+    assert HOSTILE in html.unescape(re.sub(r"</?span[^>]*>|<del.*?</del>", "", samples))
+    (data,) = re.findall(r'id="viewer-data">(.*?)</script>', page)
+    assert f"{HOSTILE} (greedy)" in json.loads(data)["tasks"]
+    for line in (run / "report" / "report.md").read_text().splitlines():
+        assert not re.search(r"(?<!\\)[<>|]", re.sub(r"^\| | \| | \|$|<br>", "", line)), line
 
 
 def test_any_task_name_can_be_drawn() -> None:
@@ -384,7 +496,7 @@ def test_any_task_name_can_be_drawn() -> None:
         {**make_result("pretrain", "summary", 3), "task": name, "draft": "_x"}
         for name in ("$\\frac{1$", "../a", "b\nc")
     ]
-    picture = figures.draw_bars("bars.png", rows, {}, "mbsu", "MBSU", "γ = 3", 3.0)
+    picture = figures.draw_bars("bars.png", rows, {}, "mbsu", "MBSU at γ = 3", "times the target alone")
     assert picture.png.startswith(b"\x89PNG")
 
 
@@ -396,7 +508,7 @@ MISSING = {
         "No speed was measured",
     ],
     "evaluate/checkpoints.jsonl": ["No checkpoints of a distilled draft were measured"],
-    "tokenizer/tokenizer.json": ["Written by the target with distill_tvdpp"],
+    "tokenizer/tokenizer.json": ["With distill_tvdpp: 96 tokens in"],
     "tokenizer": ["No tokenizer was found"],
     "run.json": ["How to repeat it seed 0"],
     "evaluate/pretrain": ["the draft before distillation was not measured"],
@@ -417,7 +529,7 @@ def test_a_run_that_only_pretrained(run: Path) -> None:
         if path.is_dir() and path.name not in ("tokenizer", "pretrain"):
             shutil.rmtree(path)
     index = write_report(run)
-    assert {path.name for path in index.parent.iterdir()} == {"index.html", "loss.png", "stages.csv"}
+    assert {path.name for path in index.parent.iterdir()} == {"index.html", "report.md", "loss.png", "stages.csv"}
     words = text_of(index.read_text())
     assert "2 of 10 stage(s) done" in words
     assert "no draft was distilled beside answers of the target" in words
@@ -446,10 +558,10 @@ def test_a_stage_that_has_no_steps_yet_is_no_error(run: Path, trained: tuple[str
 def test_a_stage_that_logged_nothing_leaves_the_others_as_they_are(run: Path) -> None:
     write_lines(run / "pretrain" / "metrics.jsonl", [{"step": 1, "loss": None}])
     target, pretrain = (stage for stage in read_run(run).stages if stage.name in ("target", "pretrain"))
-    known = figures.looks([target, pretrain])
-    both = figures.draw_curves("loss.png", [target, pretrain], known, "loss", "loss")
-    assert both.png == figures.draw_curves("loss.png", [target], known, "loss", "loss").png
-    assert figures.draw_curves("loss.png", [pretrain], known, "loss", "loss").png.startswith(b"\x89PNG")
+    known = plotting.looks([target, pretrain])
+    draw = lambda stages: training_figures.draw_curves("loss.png", stages, known, "loss", "loss", "Loss").png
+    assert draw([target, pretrain]) == draw([target])
+    assert draw([pretrain]).startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -478,23 +590,16 @@ def test_refuses_other_folders_and_broken_files(run: Path, tmp_path: Path) -> No
     assert [stage.metrics for stage in read_run(run).stages if stage.name == "pretrain"] == [[{"step": 1, "loss": 2.0}]]
 
 
-def test_accepted_spans() -> None:
-    fragments = list("abcdefgh")
-    assert accepted_spans(fragments, [2, 0, 5]) == [("ab", True), ("cd", False), ("efgh", True)]
-    assert accepted_spans(fragments, [7]) == [("abcdefg", True), ("h", False)]
-    assert accepted_spans(["", "", "é", ""], [1, 1]) == [("é", True)]
-
-
 def test_smoothing_is_a_trailing_mean() -> None:
-    np.testing.assert_allclose(figures.smooth([5.0, 7.0]), [5.0, 7.0])
+    np.testing.assert_allclose(training_figures.smooth([5.0, 7.0]), [5.0, 7.0])
     values = np.random.default_rng(0).normal(size=150)
-    smoothed = figures.smooth(values)  # over the last 3
+    smoothed = training_figures.smooth(values)  # over the last 3
     np.testing.assert_allclose(smoothed[:2], [values[0], values[:2].mean()])
     np.testing.assert_allclose(smoothed[149], values[147:].mean())
 
 
 def test_a_draft_keeps_its_colour(run: Path) -> None:
     stages = read_run(run).stages
-    known = figures.looks(stages)
+    known = plotting.looks(stages)
     assert len({look.colour for look in known.values()}) == len(known)
-    assert figures.looks(stages[:-4])["distill_kl"].colour == known["distill_kl"].colour
+    assert plotting.looks(stages[:-4])["distill_kl"].colour == known["distill_kl"].colour
