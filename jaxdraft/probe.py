@@ -142,7 +142,7 @@ def _decoded(results: Sequence[SpeculativeResult]) -> Line:
         return {}
     tokens, blocks = [len(r.tokens) for r in results], [len(r.accepted) for r in results]
     return {
-        **with_interval("block_efficiency", ratio_of_sums(tokens, blocks), len(results)),
+        **with_interval("block_efficiency", ratio_of_sums(tokens, blocks)),
         "decoded_prompts": len(results),
         "decoded_tokens": sum(tokens),
         "decoded_blocks": sum(blocks),

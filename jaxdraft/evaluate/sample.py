@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxdraft.data.prompts import example_id
 from jaxdraft.decode import Speculation, SpeculativeResult, token_origins
 from jaxdraft.decode.batching import PromptBatch, prompt_batches
@@ -19,7 +21,7 @@ from jaxdraft.decode.generate import Alone
 from jaxdraft.decode.live import Progress, compile_live, write_live
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.command import shared_tokenizer
-from jaxdraft.evaluate.measure import Model, run_is_exact
+from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.terminal import DRAFTED, FAINT, HEADING, REFUSED, Fragments, Screen, waiting
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
 
@@ -274,7 +276,7 @@ class Demonstration:
                 facts[-1] += f"; {sum(last.complete) / proposed:.0%} of the draft's tokens accepted"
         if len(done) > 1 and self._how["greedy"]:
             same = last.tokens == done[0].result.tokens
-            rounding = "" if run_is_exact(self._target) else ", as bfloat16 rounds differently for other shapes"
+            rounding = "" if self._target.dtype == np.float32 else ", as bfloat16 rounds differently for other shapes"
             facts.append("the same text, token for token" if same else f"not the same text{rounding}")
         compiled = f", compiled in {compiling:.1f} s" if compiling else ""
         facts.append(f"before: prompt read in {done[-1].prefill:.3f} s{compiled}")
