@@ -220,7 +220,7 @@ def read_run(folder: Path) -> RunDirectory:
             samples += [{**line, "draft": draft} for line in read_lines(file.parent / "samples.jsonl")]
             parameters[draft] = content["parameters"]
             circumstances[draft] = content.get("settings", {})
-            if "perplexity" in content:
+            if content.get("perplexity"):
                 perplexity[draft], target_perplexity = content["perplexity"], content.get("target_perplexity", {})
     return RunDirectory(
         folder,

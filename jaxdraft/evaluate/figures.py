@@ -172,8 +172,8 @@ def draw_comparison(file: str, rows: Sequence[Mapping[str, Any]], title: str) ->
         axes.set_yticks(range(len(rows)), [textwrap.shorten(row["group"], 32) for row in rows], fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel("block efficiency (tokens per run of the target)")
-        axes.set_title(title)
+        axes.set_xlabel("tokens per run of the target")
+        axes.set_title(f"Block efficiency\n{title}")
         legend(figure, axes)
 
     return plotting.picture(file, f"Block efficiency, {title}, by group of drafts", draw, 1.4 + 0.17 * len(rows))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdraft.data.quarantine import Rejected
-from jaxdraft.evaluate import figures
+from jaxdraft.evaluate import plotting
 from jaxdraft.evaluate.report import write_report
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -18,7 +18,7 @@ ROWS = [{key: np.ones(8, np.int32) for key in ("tokens", "segment_ids", "loss_ma
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(figures, "_picture", lambda file, alt, draw, height=0: figures.Picture(file, alt, b""))
+    monkeypatch.setattr(plotting, "picture", lambda file, alt, draw, height=0: plotting.Picture(file, alt, b""))
 
 
 def page_of(run) -> str:
