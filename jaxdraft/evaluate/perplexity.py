@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxdraft.backend import platform
 from jaxdraft.data.catalogue import CORPORA
 from jaxdraft.data.named import Corpus
 from jaxdraft.data.quarantine import Quarantine
@@ -113,9 +114,11 @@ def read_documents(source: Source, tokenizer: Tokenizer) -> Documents:
 def measure_perplexity(model: Model, documents: Documents, length: int) -> dict[str, Any]:
     """``perplexity`` with windows that half overlap, and what it was measured on, as ``results.json`` has it."""
     each, stride = documents.each, length // 2
+    rows = 1 if platform() == "cpu" else 8  # attention scores of one window fit a CPU's caches: twice as fast
     count = sum(1 for document in each for _ in windows(len(document.tokens), length, stride))
     with progress_bar(count, f"perplexity on {documents.name}", "window") as bar:
-        found = perplexity(model.decoder, model.params, each, length=length, stride=stride, advance=bar.update)
+        how: dict[str, Any] = {"length": length, "stride": stride, "batch_size": rows, "advance": bar.update}
+        found = perplexity(model.decoder, model.params, each, **how)
     return {
         **found,
         "text": documents.name,
