@@ -131,7 +131,7 @@ def recipe(*, target: HFModel, text: Text, steps: int = 200, seeds: int = 3):
                     Task("story, sampled", held_out, temperature=1.0, max_new_tokens=96),
                 ),
                 block_sizes=(3, 5),
-                batch_size=32,
+                batch_sizes=(32,),
                 repeats=1,
             ),
         ),

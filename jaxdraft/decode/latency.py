@@ -32,8 +32,8 @@ def step_latency(
 ) -> float:
     """Seconds of one step that reads ``width`` tokens a row, in a cache that is half full, and chooses what follows.
 
-    The best of at least ``repeats`` loops of 16 steps, and at least a quarter of a second of them: what else the machine
-    does makes a loop longer, and never shorter.
+    The best of at least ``repeats`` loops of 16 steps, and at least a quarter of a second of them: what else the
+    machine does makes a loop longer, and never shorter.
 
     Args:
       decoder: with ``scan=False``.
