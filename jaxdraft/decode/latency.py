@@ -4,13 +4,17 @@ Shapes: B batch, T tokens of a step, V vocabulary.
 """
 
 import functools
+import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, position_keys, probabilities, row_keys
+from jaxdraft.distributed import on_lead
 from jaxdraft.models.cache import init_cache
 from jaxdraft.models.decoder import Decoder, Head, Params, compute_dtype, token_ids
 from jaxdraft.sharding import mesh_of, place
@@ -32,8 +36,8 @@ def step_latency(
 ) -> float:
     """Seconds of one step that reads ``width`` tokens a row, in a cache that is half full, and chooses what follows.
 
-    The best of at least ``repeats`` loops of 16 steps, and at least a quarter of a second of them: what else the machine
-    does makes a loop longer, and never shorter.
+    The best of at least ``repeats`` loops of 16 steps, and at least a quarter of a second of them: what else the
+    machine does makes a loop longer, and never shorter.
 
     Args:
       decoder: with ``scan=False``.
@@ -48,25 +52,32 @@ def step_latency(
     """
     mesh, context = mesh_of(params), (slots - width) // 2
     draws = None if sampling is None else Draws(np.int32(0), np.arange(batch, dtype=np.uint32))
-    seconds: list[float] = []
     with jax.set_mesh(mesh):
         cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))(
             decoder.config, batch, slots, decoder.dtype or compute_dtype()
         )
-        tokens_BT = place(mesh, np.zeros((batch, width), np.int32), rows=True)
-        while len(seconds) <= repeats or sum(seconds[1:]) * _STEPS < _SECONDS:
-            began = time.perf_counter()
-            tokens_BT, cache = jax.block_until_ready(
-                _steps(decoder, params, tokens_BT, cache, context, sampling, draws, last_only)
-            )
-            seconds.append((time.perf_counter() - began) / _STEPS)
-    return min(seconds[1:])
+        carry = place(mesh, np.zeros((batch, width), np.int32), rows=True), cache
+        loop = functools.partial(_steps, decoder, params, context, sampling, draws, last_only)
+        carry, _ = _clock(loop, carry)  # compiles
+        carry, first = _clock(loop, carry)
+        seconds = [first]
+        for _ in range(on_lead(lambda: max(repeats, math.ceil(_SECONDS / first)) - 1)):
+            carry, taken = _clock(loop, carry)
+            seconds.append(taken)
+    return min(seconds) / _STEPS
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "last_only"), donate_argnames=("tokens_BT", "cache"))
-def _steps(decoder, params, tokens_BT, cache, context, sampling, draws, last_only):
+def _clock(run: Callable[[Any], Any], carry: Any) -> tuple[Any, float]:
+    began = time.perf_counter()
+    carry = jax.block_until_ready(run(carry))
+    return carry, time.perf_counter() - began
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "last_only"), donate_argnames=("carry",))
+def _steps(decoder, params, context, sampling, draws, last_only, carry):
     head = Head.of(decoder, params)
-    positions_BT = jnp.broadcast_to(context + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    shape = carry[0].shape
+    positions_BT = jnp.broadcast_to(context + jnp.arange(shape[1]), shape)
 
     def step(i, carry):
         tokens_BT, cache = carry
@@ -78,7 +89,6 @@ def _steps(decoder, params, tokens_BT, cache, context, sampling, draws, last_onl
             keys_B = position_keys(row_keys(draws.seed, SAMPLE, draws.example_ids_B), positions_BT[:, -1] + i)
             probs_BTV = probabilities(logits_BTV, sampling)
             next_BT = draw(keys_B, probs_BTV[jnp.arange(len(keys_B)), i % probs_BTV.shape[1]])[:, None]
-        next_BT = jnp.broadcast_to(token_ids(decoder.config, next_BT), tokens_BT.shape)
-        return next_BT, cache
+        return jnp.broadcast_to(token_ids(decoder.config, next_BT), shape), cache
 
-    return jax.lax.fori_loop(0, _STEPS, step, (tokens_BT, cache))
+    return jax.lax.fori_loop(0, _STEPS, step, carry)

@@ -79,7 +79,7 @@ def evaluate(
     for name, results, folder in measured:
         if len(measured) > 1:
             print(f"\n{name}")
-        print_table(results)
+        _print_table(results)
         print(folder / "results.json")
 
 
@@ -114,7 +114,7 @@ def shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
     return tokenizer
 
 
-def print_table(results: Mapping[str, Any]) -> None:
+def _print_table(results: Mapping[str, Any]) -> None:
     """A line for each run, and the best block size for each task and batch size."""
     print(
         f"{'task':<24} {'T':>4} {'batch':>5} {'γ':>2} {'block efficiency':>24} {'acceptance':>10} {'MBSU':>6} "
