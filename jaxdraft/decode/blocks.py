@@ -26,7 +26,7 @@ from jaxdraft.decode.sampling import Draws, Sampling, is_any
 from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import KVCache, slots
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits
+from jaxdraft.models.decoder import Decoder, Head, Params
 from jaxdraft.sharding import mesh_of
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def write_in_blocks(
     draws with too.
     """
     target, draft = target_decoder.config, draft_decoder.config
-    target_head_DV, draft_head_DR = head_weight(target, target_params), head_weight(draft, draft_params)
+    target_head, draft_head = Head.of(target_decoder, target_params), Head.of(draft_decoder, draft_params)
     keys: Any = None if draws is None else agreement.keys_of(draws)
     G, nowhere = speculation.block_size, slots(state.target_cache)
     rows_B1, order_K = jnp.arange(state.tokens_BS.shape[0])[:, None], jnp.arange(G + 1)
@@ -207,7 +207,7 @@ def write_in_blocks(
 
     def read(tokens_BT, slots_BT, cache):
         hidden_BTD, cache = draft_decoder.apply({"params": draft_params}, tokens_BT, slots_BT, cache=cache)
-        return logits(hidden_BTD[:, -1:], draft_head_DR)[:, 0], cache
+        return draft_head(hidden_BTD[:, -1:])[:, 0], cache
 
     def block(state: WrittenInBlocks) -> WrittenInBlocks:
         n_B, live_B = state.length_B, state.length_B < state.end_B
@@ -221,7 +221,7 @@ def write_in_blocks(
         hidden_BKD, target_cache = target_decoder.apply(
             {"params": target_params}, jnp.concatenate([last_B1, drafts_BG], 1), slots_BK, cache=state.target_cache
         )
-        logits_BKV = logits(hidden_BKD, target_head_DV)
+        logits_BKV = target_head(hidden_BKD)
         accepted_B, next_B = settle(drafts, logits_BKV)
 
         count_B = accepted_B + 1

@@ -32,7 +32,7 @@ from jaxdraft.decode.driver import (
 from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, is_any, position_keys, probabilities, row_keys
 from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
 from jaxdraft.models.cache import KVCache, init_cache
-from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
+from jaxdraft.models.decoder import Decoder, Head, Params, compute_dtype, token_ids
 from jaxdraft.sharding import mesh_of
 
 _PREFILL_CHUNK = 128
@@ -224,7 +224,7 @@ def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, most=NO_LI
 
     Greedy without ``sampling`` and ``draws``.
     """
-    head_DV = head_weight(decoder.config, params)
+    head = Head.of(decoder, params)
     keys_B: Any = None if draws is None else row_keys(draws.seed, SAMPLE, draws.example_ids_B)
     rows_B = jnp.arange(state.tokens_BS.shape[0])
     nowhere = state.tokens_BS.shape[1]
@@ -235,7 +235,7 @@ def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, most=NO_LI
         slots_B1 = jnp.where(live_B, last_B, nowhere)[:, None]
         last_B1 = state.tokens_BS[rows_B, last_B][:, None]
         hidden_B1D, cache = decoder.apply({"params": params}, last_B1, slots_B1, cache=state.cache)
-        logits_B1V = logits(hidden_B1D, head_DV)
+        logits_B1V = head(hidden_B1D)
         logits_BV = logits_B1V[:, 0]
         if sampling is None:
             next_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

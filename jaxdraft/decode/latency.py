@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft.models.cache import init_cache
-from jaxdraft.models.decoder import Decoder, Params, compute_dtype, head_weight, logits, token_ids
+from jaxdraft.models.decoder import Decoder, Head, Params, compute_dtype, token_ids
 from jaxdraft.sharding import mesh_of, place
 
 _STEPS = 16
@@ -47,13 +47,13 @@ def step_latency(decoder: Decoder, params: Params, batch: int, width: int, conte
 
 @functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("tokens_BT", "cache"))
 def _steps(decoder, params, tokens_BT, cache, context):
-    head_DV = head_weight(decoder.config, params)
+    head = Head.of(decoder, params)
     positions_BT = jnp.broadcast_to(context + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
     def step(_, carry):
         tokens_BT, cache = carry
         hidden_BTD, cache = decoder.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
-        best_BT = jnp.argmax(logits(hidden_BTD, head_DV), axis=-1).astype(jnp.int32)
+        best_BT = jnp.argmax(head(hidden_BTD), axis=-1).astype(jnp.int32)
         return token_ids(decoder.config, best_BT), cache
 
     return jax.lax.fori_loop(0, _STEPS, step, (tokens_BT, cache))

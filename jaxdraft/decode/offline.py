@@ -22,7 +22,7 @@ from jaxdraft.decode.sampling import Sampling, probabilities
 from jaxdraft.distributed import fetch
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.cache import long_rows
-from jaxdraft.models.decoder import Decoder, Params, head_weight, logits, token_ids, widen
+from jaxdraft.models.decoder import Decoder, Head, Params, token_ids, widen
 from jaxdraft.sharding import mesh_of, place
 
 _CHUNK = 16
@@ -209,11 +209,12 @@ def _look_at_batch(look, decoders, params, tokens_BT, start_B, end_B, sampling, 
         return jnp.moveaxis(x.reshape(x.shape[0], new // _CHUNK, _CHUNK, *x.shape[2:]), 1, 0)
 
     configs = [decoder.config for decoder in decoders]
-    heads = list(map(head_weight, configs, params))
+    heads = list(map(Head.of, decoders, params))
 
     def look_at_chunk(chunk):
         labels_BC, hidden = chunk
-        return look(sampling, labels_BC, *zip(configs, map(logits, hidden, heads), strict=True))
+        logits = [head(x) for head, x in zip(heads, hidden, strict=True)]
+        return look(sampling, labels_BC, *zip(configs, logits, strict=True))
 
     hidden = [in_chunks(before_written(*model)) for model in zip(decoders, params, strict=True)]
     labels = in_chunks(jnp.take_along_axis(tokens_BT, written_BN, axis=1))

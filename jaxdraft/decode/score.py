@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdraft.backend import default_chunk
 from jaxdraft.errors import ConfigError
-from jaxdraft.models.decoder import Decoder, Params, following, head_weight, logits
+from jaxdraft.models.decoder import Decoder, Head, Params, following
 from jaxdraft.sharding import BATCH_AXES, position_axis
 
 
@@ -93,9 +93,9 @@ def score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temp
     has_label_BT = (segment_ids_BT > 0) & (following(segment_ids_BT, 0) == segment_ids_BT)
     labels_BT = jnp.where(has_label_BT, following(tokens_BT, -1), -1)
 
-    def local(hidden_BTD, head_DV, labels_BT):
-        chunk = min(default_chunk(head_DV.shape[1]), labels_BT.size)
-        score = lambda x: score_next(logits(x[0][None], head_DV)[0] / temperature, x[1], k)
+    def local(hidden_BTD, head, labels_BT):
+        chunk = min(default_chunk(head.size), labels_BT.size)
+        score = lambda x: score_next(head(x[0][None])[0] / temperature, x[1], k)
         found = jax.lax.map(score, (_chunked(hidden_BTD, chunk), _chunked(labels_BT, chunk)))
         count = labels_BT.size
         return [x.reshape(-1, x.shape[-1])[:count].reshape(*labels_BT.shape, -1) for x in found]
@@ -105,7 +105,7 @@ def score_rows(decoder, params, tokens_BT, positions_BT, segment_ids_BT, k, temp
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(rows, PartitionSpec(), rows), out_specs=[rows, rows], check_vma=False
     )
-    return TopScores(*sharded(hidden_BTD, head_weight(decoder.config, params), labels_BT))
+    return TopScores(*sharded(hidden_BTD, Head.of(decoder, params), labels_BT))
 
 
 def room_for_scores(keep: TopK | None, rows: int, size: int) -> TopScores | None:

@@ -1,7 +1,8 @@
 """The decoder: one Flax Linen module for Llama and Phi-3, used as a pure function.
 
 Training runs one scanned block over stacked layers; decoding runs the same block once per layer over unstacked
-weights, so that the while-loop around it reads every weight and every cache where it lies.
+weights, so that the while-loop around it reads every weight and every cache where it lies. Weights lie as inputs x
+outputs; for decoding on a CPU the wide ones lie as outputs x inputs: see ``products``.
 
 Shapes: B batch, T tokens, S cache slots, D hidden, N query heads, K key/value heads, H head size, F intermediate,
 V vocabulary, R rows of a draft vocabulary.
@@ -15,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdraft.backend import platform
 from jaxdraft.models.attention import attend, attention, seen
 from jaxdraft.models.cache import KVCache, slots, write
 from jaxdraft.models.config import ModelConfig
+from jaxdraft.models.products import by_rows, lies_by_rows, merge, project, turned
 from jaxdraft.models.rope import rope_angles, rotate
 from jaxdraft.sharding import constrain, param_shardings
 
@@ -33,10 +36,17 @@ def compute_dtype() -> jnp.dtype:
 
 
 class Block(nn.Module):
-    """Attention and gated MLP, each behind an RMSNorm and a residual connection."""
+    """Attention and gated MLP, each behind an RMSNorm and a residual connection.
+
+    Attributes:
+      config: the shape.
+      dtype: of activations and of the weights where they are used.
+      decoding: whether the weights are those of ``for_decoding``.
+    """
 
     config: ModelConfig
     dtype: Any
+    decoding: bool = False
 
     @nn.compact
     def __call__(self, x_BTD, cos, sin, segment_ids_BT=None, cache=None, positions_BT=None, mask_BTS=None):
@@ -45,9 +55,9 @@ class Block(nn.Module):
         D, N, K, H, F = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_size, c.intermediate_size
 
         h_BTD = rms_norm(x_BTD, self._weight("attn_norm", (D,), ("norm",)), c.rms_norm_eps)
-        q_BTNH = project(h_BTD, self._weight("wq", (D, N, H), ("embed", "heads", None)))
-        k_BTKH = project(h_BTD, self._weight("wk", (D, K, H), ("embed", "kv_heads", None)))
-        v_BTKH = project(h_BTD, self._weight("wv", (D, K, H), ("embed", "kv_heads", None)))
+        q_BTNH = self._product(project, h_BTD, "wq", (N, H), ("embed", "heads", None))
+        k_BTKH = self._product(project, h_BTD, "wk", (K, H), ("embed", "kv_heads", None))
+        v_BTKH = self._product(project, h_BTD, "wv", (K, H), ("embed", "kv_heads", None))
         if c.qkv_bias:
             q_BTNH += self._weight("bq", (N, H), ("heads", None), nn.initializers.zeros)
             k_BTKH += self._weight("bk", (K, H), ("kv_heads", None), nn.initializers.zeros)
@@ -58,14 +68,21 @@ class Block(nn.Module):
         else:
             cache = write(cache[0], k_BTKH, positions_BT), write(cache[1], v_BTKH, positions_BT)
             o_BTNH = attend(q_BTNH, cache[0], cache[1], mask_BTS)
-        x_BTD += jnp.einsum("btnh,nhd->btd", o_BTNH, self._weight("wo", (N, H, D), ("heads", None, "embed")))
+        x_BTD += self._product(merge, o_BTNH, "wo", (D,), ("heads", None, "embed"))
 
         h_BTD = rms_norm(x_BTD, self._weight("mlp_norm", (D,), ("norm",)), c.rms_norm_eps)
-        gate_BTF = project(h_BTD, self._weight("w_gate", (D, F), ("embed", "mlp")))
-        up_BTF = project(h_BTD, self._weight("w_up", (D, F), ("embed", "mlp")))
-        w_down = self._weight("w_down", (F, D), ("mlp", "embed"))
-        x_BTD += jnp.einsum("btf,fd->btd", gated(gate_BTF, up_BTF), w_down)
+        gate_BTF = self._product(project, h_BTD, "w_gate", (F,), ("embed", "mlp"))
+        up_BTF = self._product(project, h_BTD, "w_up", (F,), ("embed", "mlp"))
+        x_BTD += self._product(merge, gated(gate_BTF, up_BTF), "w_down", (D,), ("mlp", "embed"))
         return constrain(x_BTD, ("batch", None, None)), cache
+
+    def _product(self, multiply, x: jax.Array, name: str, outputs: tuple[int, ...], axes: tuple[str | None, ...]):
+        """x times a weight over all axes of x but the first two: by ``multiply``, or by rows."""
+        inputs = x.shape[2:]
+        if self.decoding and lies_by_rows(inputs):
+            turned = axes[len(inputs) :] + axes[: len(inputs)]
+            return by_rows(x, self._weight(name, outputs + inputs, turned))
+        return multiply(x, self._weight(name, inputs + outputs, axes))
 
     def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any = None) -> jax.Array:
         init = init or (nn.initializers.ones if len(shape) == 1 else _matrix_init(self.config, name))
@@ -125,8 +142,10 @@ class Decoder(nn.Module):
             jnp.float32,
         )
         if not c.tie_embeddings:
-            head_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
-            self.param("head", head_init, (c.hidden_size, c.vocabulary), jnp.float32)
+            shape, axes = (c.hidden_size, c.vocabulary), ("embed", "vocab")
+            if not self.scan and lies_by_rows(shape[:1]):
+                shape, axes = shape[::-1], axes[::-1]
+            self.param("head", nn.with_logical_partitioning(nn.initializers.normal(0.02), axes), shape, jnp.float32)
         x_BTD = constrain(jnp.take(table, tokens_BT, axis=0).astype(dtype), ("batch", None, None))
         long_B = long_B if cache is None else cache.long_B
         cos, sin = rope_angles(positions_BT, c.head_size, c.rope_theta, c.rope_scaling, c.max_positions, long_B)
@@ -134,12 +153,12 @@ class Decoder(nn.Module):
             x_BTD, _ = self._scanned(dtype)(x_BTD, cos, sin, segment_ids_BT)
         elif cache is None:
             for i in range(c.num_layers):
-                x_BTD, _ = Block(c, dtype, name=f"layers_{i}")(x_BTD, cos, sin, segment_ids_BT)
+                x_BTD, _ = Block(c, dtype, decoding=True, name=f"layers_{i}")(x_BTD, cos, sin, segment_ids_BT)
         else:
             mask_BTS = seen(positions_BT[:, :, None], jnp.arange(slots(cache)), c.sliding_window)
             layers = []
             for i, layer in enumerate(zip(cache.k, cache.v, strict=True)):
-                block = Block(c, dtype, name=f"layers_{i}")
+                block = Block(c, dtype, decoding=True, name=f"layers_{i}")
                 x_BTD, layer = block(x_BTD, cos, sin, None, layer, positions_BT, mask_BTS)
                 layers.append(layer)
             k, v = zip(*layers, strict=True)
@@ -164,29 +183,6 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return layers(self.config, dtype, name="layers")
-
-
-@jax.custom_vjp
-def project(x_BTD: jax.Array, w: jax.Array) -> jax.Array:
-    """x · w, ``[B, T, …]``, of weights ``[D, …]``.
-
-    The weight's gradient is written as xᵀ · g. JAX's own rule writes (gᵀ · x)ᵀ, for which XLA's CPU compiler turns g
-    over, the wider of the two, and once for each weight of the same x: a tenth of a small model's step.
-    """
-    return jnp.tensordot(x_BTD, w, 1)
-
-
-def _project_forward(x_BTD, w):
-    return project(x_BTD, w), (x_BTD, w)
-
-
-def _project_backward(saved, g):
-    x_BTD, w = saved
-    of_x = jnp.tensordot(g, w, (tuple(range(2, g.ndim)), tuple(range(1, w.ndim))))
-    return of_x, jnp.tensordot(x_BTD, g, ((0, 1), (0, 1)))
-
-
-project.defvjp(_project_forward, _project_backward)
 
 
 # What follows is a few operations for each number it reads: to compute it again in the backward pass takes less time
@@ -226,8 +222,41 @@ def model_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, scan: bool =
     return param_shardings(mesh, jax.eval_shape(lambda: init_boxed(config, jax.random.key(0), scan)))
 
 
+class Head(struct.PyTreeNode):
+    """What turns hidden states into logits, in the form in which it lies.
+
+    Attributes:
+      weight: ``[D, V]``, ``[D, R]``, or the reverse.
+      by_rows: whether it is the reverse.
+    """
+
+    weight: jax.Array
+    by_rows: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def of(cls, decoder: Decoder, params: Params) -> "Head":
+        """The head of any decoder; a tied table lies by rows."""
+        config = decoder.config
+        tied = config.tie_embeddings and platform() == "cpu"
+        if not tied and (config.tie_embeddings or decoder.scan or not lies_by_rows((config.hidden_size,))):
+            return cls(head_weight(config, params))
+        rows = params["embed" if tied else "head"]
+        return cls(rows if config.head_ids is None else rows[np.asarray(config.head_ids)], by_rows=True)
+
+    @property
+    def size(self) -> int:
+        """V or R."""
+        return self.weight.shape[0 if self.by_rows else 1]
+
+    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits as of ``logits``."""
+        if not self.by_rows:
+            return logits(hidden_BTD, self.weight)
+        return by_rows(hidden_BTD, self.weight.astype(hidden_BTD.dtype), jnp.float32)
+
+
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
-    """The output head, ``[D, V]`` or ``[D, R]``: the transposed embedding table where they are tied."""
+    """The output head of stacked parameters, ``[D, V]`` or ``[D, R]``: the transposed table where they are tied."""
     if config.head_ids is None:
         return params["embed"].T if config.tie_embeddings else params["head"]
     ids_R = np.asarray(config.head_ids)
@@ -264,7 +293,8 @@ def for_decoding(config: ModelConfig, params: Params, dtype: Any = None) -> dict
     dtype = dtype or compute_dtype()
     cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), dict(params))
     layers = cast.pop("layers")
-    return cast | {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.num_layers)}
+    unstacked = {f"layers_{i}": turned({name: x[i] for name, x in layers.items()}) for i in range(config.num_layers)}
+    return turned(cast) | unstacked
 
 
 def _matrix_init(config: ModelConfig, name: str):

@@ -23,9 +23,10 @@ from safetensors.numpy import save_file
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.config import ModelConfig
-from jaxdraft.models.decoder import Params, head_weight, init_boxed
+from jaxdraft.models.decoder import Params, head_weight, init_boxed, model_shardings
 from jaxdraft.models.folder import D2T, INDEX, WEIGHTS, opened, weight_files, weight_map
 from jaxdraft.models.hf_config import config_json, load_config
+from jaxdraft.models.products import turned
 from jaxdraft.sharding import param_shardings
 
 SHARD_BYTES = 5 * 10**9
@@ -98,14 +99,18 @@ def load_model(
     A head stored with its draft vocabulary's rows only is read into a whole one, 0 elsewhere.
     """
     config = load_config(folder)
-    boxed = jax.eval_shape(lambda: init_boxed(config, jax.random.key(0), scan=scan))
+    boxed = jax.eval_shape(lambda: init_boxed(config, jax.random.key(0)))
     shapes = jax.tree.map(lambda x: x.shape, nn.unbox(boxed))
     shardings: Any
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes, is_leaf=_is_shape)
     else:
         shardings = param_shardings(mesh, boxed)
-    layer_shapes = {name: s[1:] for name, s in shapes["layers"].items()} if scan else shapes["layers_0"]
+    layer_shapes = {name: s[1:] for name, s in shapes["layers"].items()}
+    layer_shardings = {
+        name: to if mesh is None else NamedSharding(mesh, PartitionSpec(*to.spec[1:]))
+        for name, to in shardings["layers"].items()
+    }
     stored = _checked_tensors(Path(folder), config, shapes, layer_shapes)
 
     def parts(row: Row, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Callable[[Any], np.ndarray]]]:
@@ -123,24 +128,24 @@ def load_model(
                 read = functools.partial(_read_narrow_head, stored[row.name], config, np.dtype(dtype))
             params[name] = place(shapes[name], shardings[name], read)
     if not scan:
+        params = turned(params)
+        to = None if mesh is None else model_shardings(config, mesh, scan=False)
+        turn = jax.jit(turned, out_shardings=to and to["layers_0"], donate_argnums=0)
         for i in range(config.num_layers):
-            key = f"layers_{i}"
-            params[key] = {
-                name: place(layer_shapes[name], shardings[key][name], read)
-                for row in _layer_rows(config, i)
-                for name, read in parts(row, layer_shapes)
-            }
+            params[f"layers_{i}"] = turn(
+                {
+                    name: place(layer_shapes[name], layer_shardings[name], read)
+                    for row in _layer_rows(config, i)
+                    for name, read in parts(row, layer_shapes)
+                }
+            )
         return config, params
     stacks = {name: jnp.zeros(shapes["layers"][name], dtype, device=to) for name, to in shardings["layers"].items()}
     put = {name: jax.jit(_put_layer, donate_argnums=0, out_shardings=to) for name, to in shardings["layers"].items()}
-    of_layer = {
-        name: to if mesh is None else NamedSharding(mesh, PartitionSpec(*to.spec[1:]))
-        for name, to in shardings["layers"].items()
-    }
     for i in range(config.num_layers):
         for row in _layer_rows(config, i):
             for name, read in parts(row, layer_shapes):
-                stacks[name] = put[name](stacks[name], place(layer_shapes[name], of_layer[name], read), i)
+                stacks[name] = put[name](stacks[name], place(layer_shapes[name], layer_shardings[name], read), i)
     params["layers"] = stacks
     return config, params
 

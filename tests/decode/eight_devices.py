@@ -18,7 +18,7 @@ from jaxdraft.sharding import Load, MeshShape
 TARGET = ModelConfig(
     vocab_size=96,
     hidden_size=64,
-    intermediate_size=128,
+    intermediate_size=768,  # wide: its weights lie by rows on a CPU
     num_layers=2,
     num_heads=4,
     num_kv_heads=4,

@@ -1,3 +1,6 @@
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +14,13 @@ from jaxdraft.models import Decoder, init_cache
 
 LIMIT = 25
 SAMPLED = {"temperature": 1.0, "top_p": 0.9}
+FOUR = Speculation(4)
+ADAPTIVE = Speculation(3, stop_below=0.08)
 
 
-def decode(pair, prompts, block_size=4, **settings):
+def decode(pair, prompts, speculation=FOUR, **settings):
     settings = {"max_new_tokens": LIMIT, "batch_size": 8} | settings
-    return speculative_generate(*pair.models, prompts, speculation=Speculation(block_size), **settings)
+    return speculative_generate(*pair.models, prompts, speculation=speculation, **settings)
 
 
 def twins(pair):
@@ -28,76 +33,106 @@ def by_hand(tiny, prompts, greedy_by_hand):
     return greedy_by_hand(tiny.target, tiny.target_params, prompts, LIMIT)
 
 
-ALL_SHAPES = [(block, batch) for block in range(1, 7) for batch in (1, 3, 8)]
-QUICK_SHAPES = [(1, 3), (4, 8), (6, 1)]
+ALL_SHAPES = list(itertools.product(range(1, 7), (1, 3, 8), (0, 0.08)))
+QUICK_SHAPES = [(1, 3, 0), (4, 8, 0), (6, 1, 0), (4, 8, 0.08)]
 
 
 @pytest.mark.parametrize(
-    "block_size, batch_size",
+    "block_size, batch_size, stop_below",
     [pytest.param(*s, marks=() if s in QUICK_SHAPES else pytest.mark.slow) for s in ALL_SHAPES],
 )
-def test_greedy_writes_what_the_target_writes(block_size, batch_size, tiny, prompts, by_hand):
+def test_greedy_writes_what_the_target_writes(block_size, batch_size, stop_below, tiny, prompts, by_hand):
+    speculation = Speculation(block_size, stop_below=stop_below)
     for limit in (LIMIT, [LIMIT, *(1 + i % LIMIT for i in range(1, len(prompts)))]):
-        results = decode(tiny, prompts, block_size, batch_size=batch_size, max_new_tokens=limit)
+        results = decode(tiny, prompts, speculation, batch_size=batch_size, max_new_tokens=limit)
         limits = np.broadcast_to(limit, len(prompts))
         assert [r.tokens for r in results] == [text[:n] for text, n in zip(by_hand, limits, strict=True)]
         for result in results:
-            check_counts(result, block_size)
+            check_counts(result, speculation)
     accepted = {a for result in results for a in result.accepted}
-    assert {0, block_size} <= accepted <= set(range(block_size + 1))
+    assert ({0} if stop_below else {0, block_size}) <= accepted <= set(range(block_size + 1))
+    drafted = {d for result in results for d in result.drafted}
+    assert {1, block_size} <= drafted <= set(range(1, block_size + 1)) if stop_below else drafted == {block_size}
 
 
-def check_counts(result, block_size):
+def check_counts(result, speculation):
     """Blocks account for every token: complete ones for accepted + 1, a cut one for less, but for at least one."""
-    assert all(0 <= a <= block_size for a in result.accepted)
     rest = len(result.tokens) - sum(a + 1 for a in result.complete)
     assert 0 < rest < result.accepted[-1] + 1 if result.cut else rest == 0
+    for accepted, drafted, rejected in zip(result.accepted, result.drafted, result.rejected, strict=True):
+        assert 0 <= accepted <= drafted <= speculation.block_size
+        assert (rejected >= 0) == (accepted < drafted)
 
 
-def test_end_tokens_at_every_place_of_a_block(tiny, prompts, by_hand):
+@pytest.mark.parametrize("speculation", [FOUR, ADAPTIVE], ids=["full", "adaptive"])
+def test_end_tokens_at_every_place_of_a_block(speculation, tiny, prompts, by_hand):
     places = set()
     for end in sorted({token for text in by_hand for token in text}):
-        results = decode(tiny, prompts, eos_ids=(end,))
+        results = decode(tiny, prompts, speculation, eos_ids=(end,))
         assert [r.tokens for r in results] == [t[: t.index(end) + 1] if end in t else t for t in by_hand]
         for result in results:
-            check_counts(result, 4)
+            check_counts(result, speculation)
             if result.tokens[-1] == end and len(result.tokens) < LIMIT:
                 place = len(result.tokens) - sum(a + 1 for a in result.accepted[:-1])
                 places.add((place, result.cut))
-    assert {place for place, _ in places} == {1, 2, 3, 4, 5}
+    assert {place for place, _ in places} == set(range(1, speculation.block_size + 2))
     assert {cut for _, cut in places} == {True, False}
 
 
+@pytest.mark.parametrize("verification", ["token", "block"])
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_a_draft_equal_to_the_target_is_always_accepted(settings, tiny, prompts):
-    for result in decode(twins(tiny), prompts, **settings):
+def test_a_draft_equal_to_the_target_is_always_accepted(settings, verification, tiny, prompts):
+    for result in decode(twins(tiny), prompts, Speculation(4, verification), **settings):
         assert result.accepted == [4] * 5
         assert not result.cut
 
 
-def test_sampled_tokens_depend_on_seed_and_example_id_alone(tiny, prompts):
+@pytest.mark.parametrize("speculation", [FOUR, Speculation(4, "block", "greedy", 0.08)], ids=["default", "all options"])
+def test_sampled_tokens_depend_on_seed_and_example_id_alone(speculation, tiny, prompts):
     ids = list(range(100, 100 + len(prompts)))
-    results = decode(tiny, prompts, example_ids=ids, **SAMPLED)
-    assert decode(tiny, prompts[::-1], example_ids=ids[::-1], **SAMPLED) == results[::-1]
-    assert decode(tiny, prompts[2:3], example_ids=ids[2:3], **SAMPLED) == results[2:3]
-    assert decode(tiny, prompts, example_ids=ids, batch_size=3, **SAMPLED) == results
-    assert decode(tiny, prompts, example_ids=ids, seed=1, **SAMPLED) != results
+    write = functools.partial(decode, tiny, speculation=speculation, **SAMPLED)
+    results = write(prompts, example_ids=ids)
+    assert write(prompts[::-1], example_ids=ids[::-1]) == results[::-1]
+    assert write(prompts[2:3], example_ids=ids[2:3]) == results[2:3]
+    assert write(prompts, example_ids=ids, batch_size=3) == results
+    assert write(prompts, example_ids=ids, seed=1) != results
     for result in results:
-        check_counts(result, 4)
+        check_counts(result, speculation)
 
 
-def test_rows_of_temperature_zero_are_greedy_beside_sampled_ones(tiny, prompts, by_hand):
-    temperatures = [float(i % 2) for i in range(len(prompts))]
-    texts = [r.tokens for r in decode(tiny, prompts, temperature=temperatures)]
-    assert texts[::2] == by_hand[::2]
-    assert texts[1::2] != by_hand[1::2]
+@pytest.mark.parametrize("speculation", [FOUR, Speculation(4, "block", "greedy", 0.08)], ids=["default", "all options"])
+def test_rows_of_temperature_zero_are_greedy_beside_sampled_ones(speculation, tiny, prompts, by_hand):
+    greedy = decode(tiny, prompts, speculation)
+    mixed = decode(tiny, prompts, speculation, temperature=[float(i % 2) for i in range(len(prompts))])
+    assert mixed[::2] == greedy[::2]
+    assert [r.tokens for r in greedy] == by_hand
+    assert [r.tokens for r in mixed[1::2]] != by_hand[1::2]
+
+
+def test_a_row_stops_after_the_first_token_that_the_draft_is_unsure_of(tiny, prompts, plain_forward):
+    """What each block proposed, by plain forward passes of the draft over the text and its own tokens after it."""
+    checked = set()
+    for prompt, result in zip(prompts, decode(tiny, prompts, ADAPTIVE), strict=True):
+        text, n = [*prompt, *result.tokens], len(prompt)
+        for accepted, drafted in zip(result.accepted[:4], result.drafted, strict=False):
+            tokens, sure = text[:n], []
+            while not sure or (sure[-1] >= ADAPTIVE.stop_below and len(sure) < ADAPTIVE.block_size):
+                padded = np.zeros((1, 48), np.int32)
+                padded[0, : len(tokens)] = tokens
+                law = jax.nn.softmax(plain_forward(tiny.draft, tiny.draft_params, padded)[0, len(tokens) - 1])
+                tokens.append(int(law.argmax()))
+                sure.append(law.max())
+            assert drafted == len(sure)
+            checked.add((drafted, accepted))
+            n += accepted + 1
+    assert {drafted for drafted, _ in checked} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("with_draft", [False, True])
 def test_written_a_few_steps_at_a_time(with_draft, tiny, prompts):
     """The same text by the same program, whatever number of steps it is asked for."""
     eos_E = np.asarray((), np.int32)
-    writer = WithDraft(*tiny.models, Speculation(4), eos_E) if with_draft else Alone(*tiny.models[:2], eos_E)
+    writer = WithDraft(*tiny.models, FOUR, eos_E) if with_draft else Alone(*tiny.models[:2], eos_E)
     program = write_in_blocks if with_draft else write
     tokens, length, end = np.asarray([p[:1] for p in prompts]), np.full(11, 1, np.int32), np.full(11, 25, np.int32)
     begin = lambda: writer.start(tokens, length, end, 25)
@@ -130,21 +165,17 @@ def test_what_was_drafted_and_refused_in_each_block(tiny, prompts, by_hand):
 
 def test_one_compilation_per_bucket_and_block_size(tiny, prompts):
     decode(tiny, prompts)
+    decode(tiny, prompts, **SAMPLED)
     before = write_in_blocks._cache_size()
     decode(tiny, prompts[:2], eos_ids=(3,))
+    decode(tiny, prompts, temperature=0.5, top_k=[5] * len(prompts), seed=3)
     decode(twins(tiny), prompts[::-1], max_new_tokens=[LIMIT] + [2] * (len(prompts) - 1))
-    list(
-        speculative_batches(
-            *tiny.models, prompts, speculation=Speculation(4), max_new_tokens=LIMIT, batch_size=8, repeats=3
-        )
-    )
+    list(speculative_batches(*tiny.models, prompts, speculation=FOUR, max_new_tokens=LIMIT, batch_size=8, repeats=3))
     assert write_in_blocks._cache_size() == before
 
 
 def test_batches_match_those_of_plain_generation_and_carry_times(tiny, prompts):
-    batches = list(
-        speculative_batches(*tiny.models, prompts, speculation=Speculation(4), max_new_tokens=LIMIT, batch_size=8)
-    )
+    batches = list(speculative_batches(*tiny.models, prompts, speculation=FOUR, max_new_tokens=LIMIT, batch_size=8))
     assert [batch.indices for batch in batches] == [list(range(8)), [8, 9, 10]]
     assert all(batch.seconds.decode > 0 and batch.seconds.prefill > 0 for batch in batches)
     assert [batch.seconds.compile > 0 for batch in batches] == [True, False]
@@ -161,7 +192,17 @@ def test_broken_weights_are_an_error_that_names_the_model(broken, tiny, prompts)
 
 def test_bad_settings_are_named(tiny, prompts):
     with pytest.raises(ConfigError, match="block_size is 0"):
-        decode(tiny, prompts, block_size=0)
+        decode(tiny, prompts, Speculation(0))
+    for change, message in (
+        ({"verification": "tokens"}, "verification is 'tokens': it must be one of token, block"),
+        ({"drafting": None}, "drafting is None: it must be one of sampled, greedy"),
+        ({"stop_below": 1}, "stop_below is 1"),
+        ({"stop_below": -0.1}, "stop_below is -0.1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Speculation(4, **change)
+    with pytest.raises(ConfigError, match="verified token by token"):
+        WithDraft(*tiny.models, Speculation(4, "block"), np.zeros(0, np.int32), drafter_invariant=True)
     other = Decoder(tiny.draft.config.__class__(16, 32, 1, 2, 1, vocab_size=30), scan=False)
     with pytest.raises(ConfigError, match="30 rows, the target's 24"):
         decode(type(tiny)(tiny.target, tiny.target_params, other, {}), prompts)
@@ -182,9 +223,7 @@ def test_the_loop_holds_one_pair_of_caches(tiny):
     caches = [init_cache(tiny.target.config, B, S + 5, jnp.float32) for _ in range(2)]
     tokens = jnp.zeros((B, S), jnp.int32)
     state = WrittenInBlocks(tokens, zeros + 1, zeros + 2, *caches, tokens, tokens, tokens, zeros, zeros > 0, ones, ones)
-    program = write_in_blocks.lower(
-        *tiny.models, state, speculation=Speculation(4), eos_E=zeros, sampling=None, draws=None
-    )
+    program = write_in_blocks.lower(*tiny.models, state, speculation=FOUR, eos_E=zeros, sampling=None, draws=None)
     memory = program.compile().memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= held

@@ -11,6 +11,7 @@ import pytest
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models import Decoder, ModelConfig, for_decoding, head_weight, init_cache, init_params, logits
+from jaxdraft.models.decoder import Head
 from jaxdraft.models.hf import load_model, save_model
 
 REAL_MODELS = ("stories260K-hf", "llama2xs-hf", "babyllama-tok361-hf")
@@ -69,6 +70,28 @@ def test_cached_steps_equal_the_full_forward(tiny_params):
         hidden, cache = decoder.apply({"params": params}, tokens[:, start:stop], positions, cache=cache)
         steps.append(logits(hidden, head_weight(TINY, params)))
     assert_same_sums(jnp.concatenate(steps, 1), full_logits(TINY, tiny_params, tokens))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"tie_embeddings": False, "head_ids": (3, 5, 60)}])
+def test_wide_weights_that_lie_by_rows_give_the_same_logits(tmp_path, changes):
+    config = dataclasses.replace(TINY, hidden_size=768, intermediate_size=800, num_layers=1, **changes)
+    params = init_params(config, jax.random.key(0))
+    decoder, turned = Decoder(config, scan=False), for_decoding(config, params)
+    assert turned["layers_0"]["w_gate"].shape == (800, 768)
+    assert turned["layers_0"]["wo"].shape == (768, 4, 192)
+    tokens = jax.random.randint(jax.random.key(1), (3, 6), 0, config.vocabulary)
+    expected = full_logits(config, params, tokens)
+    for rows, length in ((1, 1), (1, 5), (3, 6)):
+        positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+        hidden = decoder.apply({"params": turned}, tokens[:rows, :length], positions)
+        ours = Head.of(decoder, turned)(hidden)
+        assert ours.dtype == jnp.float32
+        # Sums of 768 in another order, in each of seven products: 2 √768 rounding errors each.
+        bound = 7 * 56 * np.finfo(np.float32).eps * np.abs(expected).max()
+        np.testing.assert_allclose(ours, expected[:rows, :length], atol=bound, rtol=0)
+    if config.head_ids is None:
+        save_model(tmp_path, config, params)
+        jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path, scan=False)[1], turned)
 
 
 def test_rolling_back_is_using_smaller_positions(tiny_params):
