@@ -1,6 +1,7 @@
 """Measures drafts against a target: decodes alone and with the draft, on the same prompts, by programs of one style."""
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -35,6 +36,13 @@ logger = logging.getLogger(__name__)
 _LATENCY_CONTEXT = 64
 
 
+@functools.lru_cache
+def _unstack(config: ModelConfig, mesh: Mesh) -> Callable[[Params], Params]:
+    """Made once for a model that is shown again and again: to trace its shardings takes longer than the copy."""
+    to = model_shardings(config, mesh, scan=False)
+    return jax.jit(functools.partial(for_decoding, config), out_shardings=to)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A model ready to decode.
@@ -52,8 +60,7 @@ class Model:
     @classmethod
     def create(cls, name: str, config: ModelConfig, params: Params, mesh: Mesh) -> "Model":
         """From stacked parameters on the same devices in the same order."""
-        unstack = jax.jit(for_decoding, static_argnums=0, out_shardings=model_shardings(config, mesh, scan=False))
-        return cls(name, Decoder(config, scan=False), unstack(config, params))
+        return cls(name, Decoder(config, scan=False), _unstack(config, mesh)(params))
 
     @classmethod
     def load(cls, folder: str | Path, mesh: Mesh | None = None) -> "Model":
