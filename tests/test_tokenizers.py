@@ -194,7 +194,7 @@ def test_evaluation_warns_of_all_but_pieces(trained, tmp_path, monkeypatch, capl
     monkeypatch.setattr(command, "load_config", lambda folder: SimpleNamespace(vocabulary=1024))
     change(copy_of(trained, tmp_path))
     assert sentence in differences(load_tokenizer(trained), load_tokenizer(tmp_path))
-    tokenizer = command._shared_tokenizer(trained, tmp_path)
+    tokenizer = command.shared_tokenizer(trained, tmp_path)
     assert (tokenizer.folder, tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (trained, 1, 2, True)
     assert f"{sentence}; the target's tokenizer is used" in caplog.text
 
@@ -209,7 +209,7 @@ def test_evaluation_refuses_two_swapped_pieces(trained, tmp_path, monkeypatch):
         "2 of 1024 pieces differ"
     )
     with pytest.raises(ConfigError, match=f"{re.escape(sentence)}. A draft works only for a target with its own"):
-        command._shared_tokenizer(trained, tmp_path)
+        command.shared_tokenizer(trained, tmp_path)
 
 
 def test_files_of_a_qwen2_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""One text while it is written: the loop of a writer in calls of a few steps, each of some hundredths of a second.
+"""One text while it is written: the loop of a writer in calls of a few steps, each of about a tenth of a second.
 
 The text is that of a single call, whose program this is. What lies between two calls, taking the tokens and showing
 them, is on no clock.
@@ -16,7 +16,7 @@ from jaxdraft.decode.driver import Writer, calls, check_finite, clock, new_token
 from jaxdraft.decode.speculative import SpeculativeResult, results
 from jaxdraft.distributed import fetch
 
-_CALL_SECONDS = 0.04
+_CALL_SECONDS = 0.1  # a call more costs some 2 ms on two CPU cores
 
 
 class Progress(NamedTuple):

@@ -32,6 +32,13 @@ Advance = Callable[[int], Any]
 """Is told of every number of prompts that is done."""
 
 
+@functools.lru_cache
+def _unstack(config: ModelConfig, mesh: Mesh) -> Callable[[Params], Params]:
+    """Made once for a model that is shown again and again: to trace its shardings takes longer than the copy."""
+    to = model_shardings(config, mesh, scan=False)
+    return jax.jit(functools.partial(for_decoding, config), out_shardings=to)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A model ready to decode.
@@ -49,8 +56,7 @@ class Model:
     @classmethod
     def create(cls, name: str, config: ModelConfig, params: Params, mesh: Mesh) -> "Model":
         """From stacked parameters on the same devices in the same order."""
-        unstack = jax.jit(for_decoding, static_argnums=0, out_shardings=model_shardings(config, mesh, scan=False))
-        return cls(name, Decoder(config, scan=False), unstack(config, params))
+        return cls(name, Decoder(config, scan=False), _unstack(config, mesh)(params))
 
     @classmethod
     def load(cls, folder: str | Path, mesh: Mesh | None = None) -> "Model":

@@ -216,9 +216,8 @@ def init_boxed(config: ModelConfig, key: jax.Array, scan: bool = True) -> Any:
     return Decoder(config, dtype=jnp.float32, scan=scan).init(key, one, one)["params"]
 
 
-@functools.lru_cache
 def model_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, scan: bool = True) -> Any:
-    """A NamedSharding for every parameter, of stacked layers or of ``layers_0``, ``layers_1``, …; not to be changed."""
+    """A NamedSharding for every parameter, of stacked layers or of ``layers_0``, ``layers_1``, …"""
     return param_shardings(mesh, jax.eval_shape(lambda: init_boxed(config, jax.random.key(0), scan)))
 
 
