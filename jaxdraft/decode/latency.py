@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdraft.decode.sampling import most_likely
 from jaxdraft.models.cache import init_cache
 from jaxdraft.models.decoder import Decoder, Head, Params, compute_dtype, token_ids
 from jaxdraft.sharding import mesh_of, place
@@ -53,7 +54,6 @@ def _steps(decoder, params, tokens_BT, cache, context):
     def step(_, carry):
         tokens_BT, cache = carry
         hidden_BTD, cache = decoder.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
-        best_BT = jnp.argmax(head(hidden_BTD), axis=-1).astype(jnp.int32)
-        return token_ids(decoder.config, best_BT), cache
+        return token_ids(decoder.config, most_likely(head(hidden_BTD))), cache
 
     return jax.lax.fori_loop(0, _STEPS, step, (tokens_BT, cache))
