@@ -24,6 +24,7 @@ from jaxdraft.decode.sampling import (
     draw,
     gumbel_argmax,
     gumbels,
+    most_likely,
     position_keys,
     probabilities,
     row_keys,
@@ -63,10 +64,9 @@ def greedy(draft: ModelConfig) -> Agreement:
     """Drafts stand while they are the target's most likely tokens."""
 
     def settle(drafts, logits_BKV):
-        best_BK = jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32)
-        return verify_equal(drafts.tokens_BG, best_BK, drafts.count_B)
+        return verify_equal(drafts.tokens_BG, most_likely(logits_BKV), drafts.count_B)
 
-    return Agreement(lambda logits_BR, _: (_most_likely(draft, logits_BR), None), settle)
+    return Agreement(lambda logits_BR, _: (token_ids(draft, most_likely(logits_BR)), None), settle)
 
 
 def sampled(
@@ -80,7 +80,7 @@ def sampled(
 
     def choose(logits_BR, i):
         if speculation.drafting == "greedy":
-            return _most_likely(draft, logits_BR), None
+            return token_ids(draft, most_likely(logits_BR)), None
         probs_BR = probabilities(logits_BR, sampling)
         drawn_B = draw(position_keys(propose_B, length_B + i), probs_BR)
         return token_ids(draft, drawn_B), widen(draft, probs_BR)
@@ -108,7 +108,7 @@ def drafter_invariant(
 
     def choose(logits_BR, i):
         if speculation.drafting == "greedy":
-            return _most_likely(draft, logits_BR), None
+            return token_ids(draft, most_likely(logits_BR)), None
         return gumbel_argmax(widen(draft, probabilities(logits_BR, sampling)), noise_BKV[:, i]), None
 
     def settle(drafts, logits_BKV):
@@ -116,7 +116,3 @@ def drafter_invariant(
         return verify_equal(drafts.tokens_BG, own_BK, drafts.count_B)
 
     return Agreement(choose, settle)
-
-
-def _most_likely(draft: ModelConfig, logits_BR: jax.Array) -> jax.Array:
-    return token_ids(draft, jnp.argmax(logits_BR, axis=-1).astype(jnp.int32))

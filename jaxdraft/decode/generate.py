@@ -29,7 +29,17 @@ from jaxdraft.decode.driver import (
     write_batches,
     write_on,
 )
-from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, is_any, position_keys, probabilities, row_keys
+from jaxdraft.decode.sampling import (
+    SAMPLE,
+    Draws,
+    Sampling,
+    draw,
+    is_any,
+    most_likely,
+    position_keys,
+    probabilities,
+    row_keys,
+)
 from jaxdraft.decode.score import TopK, TopScores, keep_scores, room_for_scores
 from jaxdraft.models.cache import KVCache, init_cache
 from jaxdraft.models.decoder import Decoder, Head, Params, compute_dtype, token_ids
@@ -238,7 +248,7 @@ def write(decoder, params, state, *, eos_E, sampling, draws, floor=0, most=NO_LI
         logits_B1V = head(hidden_B1D)
         logits_BV = logits_B1V[:, 0]
         if sampling is None:
-            next_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+            next_B = most_likely(logits_BV)
         else:
             next_B = draw(position_keys(keys_B, state.length_B), probabilities(logits_BV, sampling))
         next_B = token_ids(decoder.config, next_B)

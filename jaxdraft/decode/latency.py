@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, position_keys, probabilities, row_keys
+from jaxdraft.decode.sampling import SAMPLE, Draws, Sampling, draw, most_likely, position_keys, probabilities, row_keys
 from jaxdraft.distributed import on_lead
 from jaxdraft.models.cache import init_cache
 from jaxdraft.models.decoder import Decoder, Head, Params, compute_dtype, token_ids
@@ -84,7 +84,7 @@ def _steps(decoder, params, context, sampling, draws, last_only, carry):
         hidden_BTD, cache = decoder.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
         logits_BTV = head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
         if sampling is None:
-            next_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+            next_BT = most_likely(logits_BTV)
         else:
             keys_B = position_keys(row_keys(draws.seed, SAMPLE, draws.example_ids_B), positions_BT[:, -1] + i)
             probs_BTV = probabilities(logits_BTV, sampling)

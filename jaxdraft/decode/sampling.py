@@ -57,7 +57,7 @@ def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     probs = jax.nn.softmax(shifted / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
     probs = _keep_likely(probs, top_p, top_k)
-    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=probs.dtype)
+    greedy = jax.nn.one_hot(most_likely(logits), logits.shape[-1], dtype=probs.dtype)
     return jnp.where(temperature > 0, probs, greedy)
 
 
@@ -112,7 +112,18 @@ def gumbels(keys_B: jax.Array, size: int) -> jax.Array:
 
 def gumbel_argmax(probs: jax.Array, noise: jax.Array) -> jax.Array:
     """The tokens that this noise draws from probabilities ``[…, V]``, ``int32[…]``."""
-    return jnp.argmax(jnp.log(probs) + noise, axis=-1).astype(jnp.int32)
+    return most_likely(jnp.log(probs) + noise)
+
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """The first of the largest along the last axis, ``int32[…]``: ``jnp.argmax`` by two reductions of single numbers.
+
+    XLA's CPU compiler runs a reduction of pairs element by element: 0.85 ms for 6 rows of 32,000, and 0.11 ms so.
+    """
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    last = logits.shape[-1] - 1
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(logits == largest, places, last), axis=-1)
 
 
 class Draws(NamedTuple):

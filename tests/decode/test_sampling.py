@@ -120,6 +120,13 @@ def test_draw_follows_the_law_and_never_the_impossible():
     assert chisquare(counts[possible], np.asarray(probs, np.float64)[possible] * 100_000).pvalue > 1e-6
 
 
+def test_most_likely_is_argmax_with_ties_and_infinities():
+    x = np.random.default_rng(0).integers(0, 5, (3, 40, 7)).astype(np.float32)
+    x[0, 0], x[0, 1] = -np.inf, [0, np.inf, 1, np.inf, 0, 0, 0]
+    np.testing.assert_array_equal(sampling.most_likely(x), np.argmax(x, axis=-1))
+    assert sampling.most_likely(np.full((1, 7), np.nan, np.float32)) == 6, "a token, whatever the logits"
+
+
 def test_keys_are_pinned_and_differ_by_seed_purpose_example_and_position():
     purposes = (sampling.SAMPLE, sampling.PROPOSE, sampling.ACCEPT, sampling.REPLACE)
     assert purposes == (1001, 1002, 1003, 1004)
