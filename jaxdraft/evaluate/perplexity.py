@@ -6,7 +6,7 @@ neither of which split, nor over which windows, nor whether it is per token or p
 - A document is tokenised as a prompt is: BOS before it where the tokenizer adds one, no EOS after it.
 - Its tokens are predicted ``stride`` at a time, from as many before them as make a window of ``length``. Each is
   predicted once, but for a document's first, which nothing comes before: BOS, where there is one. Evaluations take
-  2,048 tokens, or as many as both draft and target take, and predict half of them at a time.
+  windows of 2,048 tokens, or of as many as both draft and target take, and predict half of each.
 - ``perplexity`` is exp(Σ −ln p / tokens) over the tokens of all documents, at temperature 1.
 - ``word_perplexity``, of EleutherAI's evaluation harness, divides the same sum by the words between white space, and
   ``bits_per_byte``, in bits, by the bytes of the text in UTF-8, but for a first token that is not predicted. Both
