@@ -25,6 +25,7 @@ from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.terminal import DRAFTED, FAINT, HEADING, REFUSED, Fragments, Screen, waiting
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
 
+_NOT_UTF8 = "the prompt is not text in UTF-8: convert it, with iconv for one ({})"
 _BAR = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _NAMES = {Alone: "target alone", WithDraft: "with the draft"}
@@ -77,8 +78,13 @@ def sample(
     """
     if prompt is None and not sys.stdin.isatty():
         raise ConfigError("no prompt: give --prompt TEXT, or --prompt - to read it from standard input")
-    if prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
+    try:
+        if prompt == "-":
+            prompt = sys.stdin.read().removesuffix("\n")
+        for text in (prompt, system):
+            (text or "").encode()  # what Python could not read it hides in surrogates, which no tokenizer takes
+    except UnicodeError as error:
+        raise ConfigError(_NOT_UTF8.format(error)) from error
     tokenizer = load_tokenizer(target) if draft is None else shared_tokenizer(target, draft)
     if chat is None:
         chat = system is not None or tokenizer.template_fingerprint() is not None
@@ -139,13 +145,21 @@ def _ask() -> str | None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones come back
     print(file=sys.stderr)
-    try:
-        while not (line := input("> ").strip()):
-            pass
-    except (EOFError, KeyboardInterrupt):
-        print(file=sys.stderr)
-        return None
-    return line
+    mark = "> "
+    while True:
+        if not sys.stdout.isatty():  # the text goes there, and nothing else
+            print(mark, end="", file=sys.stderr, flush=True)
+        try:
+            line = input(mark if sys.stdout.isatty() else "").strip()
+            line.encode()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return None
+        except UnicodeError as error:
+            print(_NOT_UTF8.format(error), file=sys.stderr)
+            continue
+        if line:
+            return line
 
 
 class Demonstration:
@@ -193,6 +207,9 @@ class Demonstration:
           ConfigError: the prompt is empty, or leaves no room for ``max_new_tokens``.
         """
         batch = self._batch(prompt)
+        for writer in self._writers:
+            if isinstance(writer, WithDraft):
+                writer.warn_of_length(int(batch.end_B[0]))
         compiling, done = self._compile(batch), []
         for writer in self._writers:
             is_last = writer is self._writers[-1]
@@ -220,9 +237,6 @@ class Demonstration:
         """Compiles for a batch's bucket where that is new; returns the seconds."""
         if batch.bucket in self._compiled:
             return 0.0
-        for writer in self._writers:
-            if isinstance(writer, WithDraft):
-                writer.warn_of_length(int(batch.end_B[0]))
         with waiting(f"compiling for prompts of up to {batch.bucket} tokens"):
             seconds = sum(compile_live(writer, batch, **self._how) for writer in self._writers)
         self._compiled.add(batch.bucket)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import threading
 import time
@@ -87,6 +88,8 @@ def waiting(what: str) -> Iterator[None]:
         print(f"{what} …", file=sys.stderr, flush=True)
         yield
         return
+    room = shutil.get_terminal_size().columns - 13  # a line that wraps cannot be written over
+    what = what if len(what) <= room else what[: room - 1] + "…"
     done, began = threading.Event(), time.perf_counter()
 
     def tick() -> None:

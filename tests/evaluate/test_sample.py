@@ -232,6 +232,7 @@ def test_a_target_by_itself_needs_no_draft(pair, capsys):
         ([], "give --prompt TEXT, or --prompt -"),
         (["--prompt", "a", "--no-chat", "--system", "b"], "leave out --no-chat"),
         (["--prompt", "a" * 600, "--no-chat"], "positions"),
+        (["--prompt", "caf\udce9"], "not text in UTF-8"),
     ],
 )
 def test_a_prompt_that_cannot_be_is_refused(pair, monkeypatch, capsys, more, message):
