@@ -201,7 +201,7 @@ def _teacher_forced(
     greedy = not np.any(temperatures)
     decoders, params = zip(*models, strict=True)
     mesh = mesh_of(params)
-    new = -(-max(map(len, answers), default=1) // _CHUNK) * _CHUNK
+    new = -(-max([1, *map(len, answers)]) // _CHUNK) * _CHUNK
     found: list[tuple[np.ndarray, ...]] = []
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     total = -(-max(lengths, default=1) // _LENGTH_STEP) * _LENGTH_STEP
@@ -281,7 +281,8 @@ def _compare(sampling, labels_BC, target, draft):
         return of_draft[0], jnp.ones(labels_BC.shape), *of_draft, agree_BC + nan_BC
     q_BCV, p_BCV = probabilities(q_BCV, sampling), widen(draft_config, probabilities(p_BCV, sampling))
     overlap_BC = jnp.sum(jnp.minimum(p_BCV, q_BCV), axis=-1)
-    return _at(p_BCV, labels_BC), _at(q_BCV, labels_BC), *of_draft, overlap_BC + nan_BC
+    own_BC = jnp.where(sampling.temperature_B[:, None] > 0, _at(q_BCV, labels_BC), 1.0)
+    return _at(p_BCV, labels_BC), own_BC, *of_draft, overlap_BC + nan_BC
 
 
 def _likeliest(config, logits_BCV):
