@@ -183,3 +183,14 @@ def test_broken_weights_are_an_error(tiny):
 def test_answers_must_fit_the_prompts(tiny):
     with pytest.raises(ConfigError, match="2 prompts, 1 answers"):
         acceptance_ratios(*tiny.models, [[1], [2]], [[3]])
+
+
+def test_a_greedy_answer_counts_alike_beside_a_sampled_one(tiny):
+    """As the target's most likely text, whatever the rounding of this pass makes of it."""
+    texts = [[1], [1]], [[3, 4, 5], [3, 4, 5]]
+    mixed, greedy = (acceptance_ratios(*tiny.models, *texts, temperature=t)[0] for t in ([0.0, 1.0], 0.0))
+    np.testing.assert_array_equal(mixed.ratio_N, greedy.ratio_N)
+
+
+def test_an_empty_answer_has_no_tokens(tiny):
+    assert [len(q_N) for q_N in token_probabilities(tiny.target, tiny.target_params, [[1, 2]], [[]])] == [0]
