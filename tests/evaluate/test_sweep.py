@@ -206,7 +206,13 @@ def test_what_is_asked_for_later_is_added(target, drafts, tmp_path, decoded):
     make(target, tmp_path, tasks)[0].measure(renamed)
     assert decoded == []
     # Another prompt, or another draft, is another part; parts of a folder that was set aside serve too.
-    make(target, tmp_path, [(tasks[0][0], prompts(4, 9))], block_sizes=(1,))[0].measure(drafts[0])
+    other, _ = make(target, tmp_path, [(tasks[0][0], prompts(4, 9))], block_sizes=(1,))
+    other.measure(drafts[0])
+    # Under the name of the old prompts the new ones stand alone, and the old ones again where they are asked for.
+    results, samples = other.results(drafts[0])
+    assert [(run["temperature"], run["block_size"]) for run in results["runs"]] == [(0, 1)]
+    assert {line["id"] for line in samples} == {f"9-{i}" for i in range(4)}
+    assert more.results(drafts[0])[0]["runs"] == runs
     make(target, tmp_path / "new", tasks, earlier=[tmp_path])[0].measure(drafts[0])
     make(target, tmp_path, tasks, block_sizes=(1,))[0].measure(drafts[1])
     assert decoded == [("first", 2), ("one", "first", 2, 1), ("two", "first", 2, 1)]
