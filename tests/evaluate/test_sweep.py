@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxdraft.data.prompts import Prompt, PromptFile
-from jaxdraft.decode import Seconds, Speculation, SpeculativeResult
+from jaxdraft.decode import Acceptance, Seconds, Speculation, SpeculativeResult
 from jaxdraft.decode.blocks import start_in_blocks, write_in_blocks
 from jaxdraft.decode.generate import start, write
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate import sweep as sweeps
 from jaxdraft.evaluate import tpot
-from jaxdraft.evaluate.cell import _speeds
+from jaxdraft.evaluate.cell import Cell, _losslessness, _speeds
 from jaxdraft.evaluate.measure import Baseline, Model, Timed, Work
 from jaxdraft.evaluate.sweep import Settings, Sweep, answers, at_temperatures, check_same, write_results
 from jaxdraft.evaluate.tasks import Task
@@ -237,6 +237,16 @@ def test_a_damaged_part_is_named(target, drafts, tmp_path):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(ConfigError, match=f"{path.name} is damaged .*delete it"):
         made.results(drafts[0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_prompts_that_are_alike_say_nothing_of_chance(target, drafts, count):
+    """Their spread is rounding, of which any difference is many times as much."""
+    cell = Cell(target, drafts[0], Work(Task("t", None, 0.8), prompts(count, 0)), Speculation(3))
+    seen = Acceptance(np.array([0.3, 0.9, 0.7]), np.ones(3), np.ones(3, bool), np.ones(3))
+    results = [SpeculativeResult([1, 2, 3], [0, 1], cut=False, drafted=[3, 3], rejected=[4, 4])] * count
+    found = _losslessness(cell, results, Baseline([[1, 2, 3]] * count, []), [seen] * count)
+    assert found["offline_deviation"] is None
 
 
 def test_times_by_hand():
