@@ -290,7 +290,10 @@ def check_same(file: Path, header: Mapping[str, Any]) -> None:
     """
     if not file.exists():
         return
-    theirs = json.loads(file.read_text("utf-8"))["settings"]
+    try:
+        theirs = json.loads(file.read_text("utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} holds no results of jaxdraft evaluate: delete it, or give another folder") from error
     if other := [key for key in header if theirs.get(key) != header[key]]:
         key = other[0]
         raise ConfigError(

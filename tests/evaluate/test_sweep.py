@@ -228,6 +228,10 @@ def test_results_of_another_pair_or_setting_are_not_added_to(target, drafts, tmp
         check_same(tmp_path / "results.json", made.header(drafts[1]))
     with pytest.raises(ConfigError, match="with seed 0, here it is 1: give another folder"):
         check_same(tmp_path / "results.json", make(target, tmp_path, seed=1)[0].header(drafts[0]))
+    for other in ("{", "[]", "{}"):
+        (tmp_path / "results.json").write_text(other)
+        with pytest.raises(ConfigError, match=r"results\.json holds no results"):
+            check_same(tmp_path / "results.json", made.header(drafts[0]))
 
 
 def test_a_damaged_part_is_named(target, drafts, tmp_path):
