@@ -14,6 +14,8 @@ import numpy as np
 
 from jaxdraft import __version__
 from jaxdraft.errors import ConfigError
+from jaxdraft.evaluate.collect import of_smallest_batch
+from jaxdraft.evaluate.words import decoding
 from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.folder import INDEX, WEIGHTS
@@ -62,7 +64,7 @@ def export_stage(
         results = run / evaluation / stage / "results.json"
         if not results.exists():
             raise ConfigError(f"{results} does not exist: stage {evaluation!r} did not measure {stage!r}")
-        evaluations = json.loads(results.read_text())["runs"]
+        evaluations = of_smallest_batch(json.loads(results.read_text())["runs"])
     recipe = json.loads((run / "recipe.json").read_text())
     target = recipe["target"]
     folder = run / stage / MODEL
@@ -247,13 +249,13 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
             "",
             "## Measured",
             "",
-            "| task | temperature | block size | block efficiency | 95 % interval | MBSU |",
+            "| task | decoded | block size | block efficiency | 95 % interval | MBSU |",
             "|---|---|---|---|---|---|",
         ]
         for run in evaluations:
             low, high = run["block_efficiency_ci95"]
             lines.append(
-                f"| {run['task']} | {run['temperature']} | {run['block_size']} | {run['block_efficiency']:.3f} | "
+                f"| {run['task']} | {decoding(run)} | {run['block_size']} | {run['block_efficiency']:.3f} | "
                 f"{low:.3f} – {high:.3f} | {run['mbsu']:.3f} |"
             )
     return "\n".join(lines) + "\n"

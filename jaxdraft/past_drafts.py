@@ -65,24 +65,26 @@ def drafts_at(place: str, checkpoints: Collection[int] | None) -> Sequence[Draft
       ConfigError: there is no such model, or no such checkpoint.
     """
     folder = Path(place)
+    own = folder.resolve().name
     record = json.loads((folder / RECORD).read_text("utf-8")) if (folder / RECORD).is_file() else {}
     if record.get("kind") != "Train":
         if checkpoints is not None:
             raise ConfigError(f"{place} has no checkpoints: give the folder of a Train stage, RUN/STAGE")
-        name = folder.resolve().name
         folder = model_folder(place)
-        return [Draft(name, folder, functools.partial(Model.load, folder))]
+        return [Draft(own, folder, functools.partial(Model.load, folder))]
     if record["status"] != "done":
         raise ConfigError(f"{place} is not finished: run its recipe to the end of this stage")
     if checkpoints is None:
-        return [Draft(folder.name, folder / MODEL, functools.partial(Model.load, folder / MODEL))]
+        return [Draft(own, folder / MODEL, functools.partial(Model.load, folder / MODEL))]
     settings = record["settings"]
     optimizer = OptimizerSettings(**{field.name: settings[field.name] for field in fields(OptimizerSettings)})
-    past = PastDrafts(folder.name, folder / CHECKPOINTS, optimizer, settings["keep_every"], load_config(folder / MODEL))
+    past = PastDrafts(own, folder / CHECKPOINTS, optimizer, settings["keep_every"], load_config(folder / MODEL))
+    if not past.steps:
+        raise ConfigError(f"{place} has no checkpoints left: without --checkpoints, its last draft is measured")
     if missing := set(checkpoints).difference(past.steps):
         kept = ", ".join(map(str, past.steps))
         raise ConfigError(f"{place} kept no checkpoint of step {min(missing)}: it has {kept}")
     return [
-        Draft(f"{folder.name}@{step}", folder / MODEL, functools.partial(past.load, step))
+        Draft(f"{own}@{step}", folder / MODEL, functools.partial(past.load, step))
         for step in sorted(checkpoints or past.steps)
     ]

@@ -27,6 +27,7 @@ from jaxdraft.evaluate.tpot import Latencies, predicted_speedup
 logger = logging.getLogger(__name__)
 
 _FAR = 4.0  # standard errors that are worth a warning
+_ROUNDED = 1e-4  # a standard error below it is rounding: of a single prompt, of a draft that is never refused
 
 
 class Cell(NamedTuple):
@@ -165,7 +166,7 @@ def _losslessness(
     efficiency_W = ratio_of_sums([len(r.tokens) for r in results], [len(r.accepted) for r in results])
     difference_W = efficiency_W - exact_W
     spread = float(np.std(difference_W[1:]))
-    deviation = plain(difference_W[0] / spread) if spread else None
+    deviation = plain(difference_W[0] / spread) if spread > _ROUNDED else None
     if deviation is not None and abs(deviation) > _FAR:
         logger.warning("%s: block efficiency is %.1f standard errors from what it must be", cell, deviation)
     return found | {"offline_deviation": deviation}

@@ -141,12 +141,12 @@ class RunDirectory:
     @property
     def distinct_results(self) -> list[dict[str, Any]]:
         """Of results that differ only in their batch size, on which nothing but speed depends, the smallest one's."""
-        return _of_smallest_batch(self.results)
+        return of_smallest_batch(self.results)
 
     @property
     def distinct_checkpoints(self) -> list[dict[str, Any]]:
         """The same of checkpoints, which may have been decoded with."""
-        return _of_smallest_batch(self.checkpoints)
+        return of_smallest_batch(self.checkpoints)
 
     def tokenizer_folder(self) -> Path | None:
         """Folder with the run's tokenizer: a stage's, otherwise the target's."""
@@ -270,10 +270,11 @@ def _with_intervals(curve: dict[str, Any], results: Sequence[Mapping[str, Any]])
     return {**curve, "curve": points}
 
 
-def _of_smallest_batch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def of_smallest_batch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of results that differ only in their batch size, the smallest one's."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row.get("batch_size", 1)):
-        found.setdefault((row["draft"], row.get("step"), row["task"], decoding(row), row["block_size"]), row)
+        found.setdefault((row.get("draft"), row.get("step"), row["task"], decoding(row), row["block_size"]), row)
     kept = {id(row) for row in found.values()}
     return [row for row in rows if id(row) in kept]
 

@@ -11,6 +11,7 @@ from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.perplexity import read_documents
 from jaxdraft.evaluate.sweep import Draft, Settings, Sweep, answers, at_temperatures, check_same, write_results
 from jaxdraft.evaluate.tasks import TASKS, Task
+from jaxdraft.evaluate.words import decoding
 from jaxdraft.models.hf import load_config
 from jaxdraft.sharding import mesh_of
 from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
@@ -117,14 +118,14 @@ def shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
 def _print_table(results: Mapping[str, Any]) -> None:
     """A line for each run, and the best block size for each task and batch size."""
     print(
-        f"{'task':<24} {'T':>4} {'batch':>5} {'γ':>2} {'block efficiency':>24} {'acceptance':>10} {'MBSU':>6} "
+        f"{'task':<24} {'decoded':<20} {'batch':>5} {'γ':>2} {'block efficiency':>24} {'acceptance':>10} {'MBSU':>6} "
         f"{'tokens/s':>10} {'alone':>10} {'ratio':>6} {'predicted':>9}"
     )
     for run in results["runs"]:
         low, high = run["block_efficiency_ci95"]
         efficiency = f"{run['block_efficiency']:.3f} ({low:.3f} – {high:.3f})"
         print(
-            f"{run['task'][:24]:<24} {run['temperature']:>4g} {run['batch_size']:>5} {run['block_size']:>2} "
+            f"{run['task'][:24]:<24} {decoding(run):<20} {run['batch_size']:>5} {run['block_size']:>2} "
             f"{efficiency:>24} {_number(run['acceptance_rate']):>10} {run['mbsu']:>6.3f} "
             f"{run['tokens_per_second']:>10,.0f} {run['tokens_per_second_autoregressive']:>10,.0f} "
             f"{run['token_rate_ratio']:>6.2f} {run['predicted_speedup']:>9.2f}"
@@ -137,7 +138,7 @@ def _print_table(results: Mapping[str, Any]) -> None:
     if far:
         print(f"sampled block efficiency is at most {max(far):.1f} standard errors from the exact one")
     for found in results["best_block_size"]:
-        where = f"{found['task']}, T {found['temperature']:g}, batch {found['batch_size']}"
+        where = f"{found['task']}, {decoding(found)}, batch {found['batch_size']}"
         best = next(point for point in found["curve"] if point["block_size"] == found["best_block_size"])
         advice = (
             f"γ = {best['block_size']}, {best['predicted_speedup']:.2f} times as fast"

@@ -244,9 +244,11 @@ class Reproduction:
         for row, stage in self.rows.items():
             mine = [evaluation for evaluation in evaluations if stage in evaluation.drafts]
             if not any(self._measures(evaluation) for evaluation in mine):
+                sizes = sorted({column.block_size for column in self.published.columns if column.block_size})
                 raise self._wrong(
                     f"no Evaluate stage measures {stage!r} (row {row!r}) on one of {', '.join(self.published.tasks)}, "
-                    "decoded and at a γ as there: say with tasks={…} which of the recipe's tasks stands for it"
+                    f"decoded as there and at γ = {' or '.join(map(str, sizes))}: say with tasks={{…}} which of the "
+                    "recipe's tasks stands for it, or leave it out with --set 'reproduces=()'"
                 )
         if self.published.over_checkpoints and not any(evaluation.over_checkpoints for evaluation in evaluations):
             raise self._wrong("it is drawn over checkpoints: give an Evaluate stage over_checkpoints=True")

@@ -54,12 +54,12 @@ class Parts:
             self._write(self._path(of), {"of": {**self._common, **of}, "found": found})
         return found
 
-    def all(self, **of: Any) -> Iterator[Any]:
-        """What was found for every description that has these fields among others. Only the lead can ask."""
+    def all(self, **of: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
+        """Every description that has these fields among others, with what was found. Only the lead can ask."""
         wanted = {**self._common, **of}.items()
         for part in map(_read, sorted(self._folder.glob("*.json"))):
             if wanted <= part["of"].items():
-                yield part["found"]
+                yield part["of"], part["found"]
 
     def _path(self, of: Mapping[str, Any]) -> Path:
         content = json.dumps({**self._common, **of}, sort_keys=True)

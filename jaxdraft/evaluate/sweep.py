@@ -37,7 +37,8 @@ PARTS = "measured"
 """Name of the folder with a sweep's parts."""
 TaskPrompts = tuple[Task, Sequence[Prompt]]
 """A task with its prompts."""
-_SETTING = ("task", "temperature", "top_p", "top_k", "batch_size", "verification", "drafting", "stop_below")
+_ALONE = ("task", "temperature", "top_p", "top_k", "max_new_tokens", "batch_size")
+_SETTING = (*_ALONE, "verification", "drafting", "stop_below")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,16 +145,18 @@ class Sweep:
     def results(self, draft: Model) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Contents of ``results.json`` and lines of ``samples.jsonl``: all that was found of this pair in the folder.
 
-        Only the lead can ask.
+        Of a task that is asked for, what was found on other prompts under its name is not among them: nothing would
+        tell the two apart. Only the lead can ask.
         """
-        of = {"draft": draft.identity, "seed": self._settings.seed, "repeats": self._settings.repeats}
-        cells = sorted(self._parts.all(kind="cell", **of), key=lambda cell: self._order(cell["run"]))
+        cells = sorted((found for _, found in self._found("cell", draft)), key=lambda cell: self._order(cell["run"]))
         runs = [cell["run"] for cell in cells]
-        curves = sorted(self._parts.all(kind="curve", **of), key=lambda found: len(found["curve"]))
-        longest = {_setting(found): found for found in curves}
-        alone = {_setting(run): run["compile_seconds_autoregressive"] for run in runs}
+        curves = [{**found, "max_new_tokens": of["max_new_tokens"]} for of, found in self._found("curve", draft)]
+        longest = {_setting(found): found for found in sorted(curves, key=lambda found: len(found["curve"]))}
+        settings = dict.fromkeys(map(_setting, runs))
+        alone = {tuple(map(run.get, _ALONE)): run["compile_seconds_autoregressive"] for run in runs}
         perplexities = list(self._parts.all(kind="perplexity", draft=draft.identity))
-        asked = [found for found in perplexities if self._text and found["perplexity"]["text"] == self._text.name]
+        asked = [found for of, found in perplexities if self._text and of["text"] == self._text.identity]
+        others = [found for _, found in perplexities]
         ratio = draft.num_parameters / self._target.num_parameters
         results = {
             "target": self._target.name,
@@ -161,11 +164,19 @@ class Sweep:
             "parameters": {"target": self._target.num_parameters, "draft": draft.num_parameters, "ratio": ratio},
             "settings": self.header(draft),
             "compile_seconds": round(sum(alone.values()) + sum(run["compile_seconds"] for run in runs), 4),
-            **next(iter(asked + perplexities), {}),
-            "best_block_size": [_with_measured(longest[setting], runs) for setting in alone if setting in longest],
+            **next(iter(asked + others), {}),
+            "best_block_size": [_with_measured(longest[setting], runs) for setting in settings if setting in longest],
             "runs": runs,
         }
         return results, [line for cell in cells for line in cell["samples"]]
+
+    def _found(self, kind: str, draft: Model) -> Iterator[tuple[Mapping[str, Any], Any]]:
+        """Parts of this pair, but for those of a task that is asked for and other prompts than are."""
+        prompts = {works[0].task.name: works[0].identity["prompts"] for works in self._works}
+        timing = {"seed": self._settings.seed, "repeats": self._settings.repeats}
+        for of, found in self._parts.all(kind=kind, draft=draft.identity, **timing):
+            if of["prompts"] == prompts.get(of["task"], of["prompts"]):
+                yield of, found
 
     def header(self, draft: Model) -> dict[str, Any]:
         """What all runs in a ``results.json`` have in common."""
@@ -279,7 +290,10 @@ def check_same(file: Path, header: Mapping[str, Any]) -> None:
     """
     if not file.exists():
         return
-    theirs = json.loads(file.read_text("utf-8"))["settings"]
+    try:
+        theirs = json.loads(file.read_text("utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} holds no results of jaxdraft evaluate: delete it, or give another folder") from error
     if other := [key for key in header if theirs.get(key) != header[key]]:
         key = other[0]
         raise ConfigError(

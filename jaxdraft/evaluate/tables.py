@@ -23,6 +23,7 @@ _KINDS = {
 }
 _SHOWN_ELSEWHERE = ("rows", "tokens", "steps", "parameters", "shape")
 _KEY = ("draft", "task", "temperature", "top_p", "batch_size", "block_size")
+_OPTIONS = ("top_k", "verification", "drafting", "stop_below")  # of a row that names them
 _FIRST = ("stage", "group", *_KEY)
 _COMPARED = {
     "Acceptance rate": "acceptance_rate",
@@ -257,12 +258,12 @@ def csv_tables(run: RunDirectory, comparison: Sequence[Mapping[str, Any]]) -> di
     nested = ("acceptance_by_position", "acceptance_by_position_ci95", "acceptance_by_class")
     results = [{key: row[key] for key in row if key not in nested} for row in run.results]
     positions = [
-        {**{key: row[key] for key in _KEY if key in row}, "position": i, "accepted": share}
+        {**{key: row[key] for key in (*_KEY, *_OPTIONS) if key in row}, "position": i, "accepted": share}
         for row in run.results
         for i, share in enumerate(row.get("acceptance_by_position", ()), start=1)
     ]
     classes = [
-        {**{key: row[key] for key in _KEY if key in row}, "class": kind, **found}
+        {**{key: row[key] for key in (*_KEY, *_OPTIONS) if key in row}, "class": kind, **found}
         for row in run.results
         for kind, found in row.get("acceptance_by_class", {}).items()
     ]

@@ -225,7 +225,7 @@ def asked_for(names: Sequence[str], files: Sequence[str], settings: Mapping[str,
     Raises:
       ConfigError: no such task, or names for several files.
     """
-    if len(files) == len(names) == 1:
+    if len(files) == len(names) == 1 and "=" not in names[0]:
         asked = [Task(names[0], PromptFile(files[0]))]
     elif files and names:
         raise ConfigError("--task names one file of --prompts: leave either out, or write your own task")

@@ -92,7 +92,9 @@ def _gain(run: RunDirectory, best: str, baseline: str) -> str:
             f"{run.label(best)} and {run.label(baseline)} were measured on different tasks, so they cannot be compared."
         )
     before, after = _mean_efficiency(run, baseline, best), _mean_efficiency(run, best, baseline)
-    where = f"averaged over {in_words(len(shared), 'task')} at block size γ = {shared[0][2]}"
+    tasks = len({task for task, _, _ in shared})
+    what = in_words(tasks, "task") if tasks == len(shared) else f"{len(shared)} settings of {in_words(tasks, 'task')}"
+    where = f"averaged over {what} at block size γ = {shared[0][2]}"
     if after > before:
         return (
             f"Distillation raised block efficiency, the tokens gained from one run of the target, from "
@@ -138,9 +140,19 @@ def _alone(run: RunDirectory, best: str, distilled: bool) -> str:
 
 
 def _speed(run: RunDirectory, best: str) -> str:
-    ratios = [row["token_rate_ratio"] for row in _cells(run, best).values() if row.get("token_rate_ratio") is not None]
-    if not ratios:
+    by_batch: dict[int, list[float]] = {}
+    for row in run.results:
+        if row["draft"] == best and row.get("token_rate_ratio") is not None:
+            by_batch.setdefault(row.get("batch_size", 1), []).append(row["token_rate_ratio"])
+    if not by_batch:
         return ""
+    if len(by_batch) > 1:
+        each = [
+            f"{' to '.join(dict.fromkeys(map(number, (min(ratios), max(ratios)))))} times as fast at batch size {batch}"
+            for batch, ratios in sorted(by_batch.items())
+        ]
+        return f"On this machine text came {', '.join(each)} with it as from the target alone."
+    (ratios,) = by_batch.values()
     low, high = number(min(ratios)), number(max(ratios))
     if max(ratios) < 1:
         return (

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxdraft.data.prompts import Prompt, PromptFile
-from jaxdraft.decode import Seconds, Speculation, SpeculativeResult
+from jaxdraft.decode import Acceptance, Seconds, Speculation, SpeculativeResult
 from jaxdraft.decode.blocks import start_in_blocks, write_in_blocks
 from jaxdraft.decode.generate import start, write
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate import sweep as sweeps
 from jaxdraft.evaluate import tpot
-from jaxdraft.evaluate.cell import _speeds
+from jaxdraft.evaluate.cell import Cell, _losslessness, _speeds
 from jaxdraft.evaluate.measure import Baseline, Model, Timed, Work
 from jaxdraft.evaluate.sweep import Settings, Sweep, answers, at_temperatures, check_same, write_results
 from jaxdraft.evaluate.tasks import Task
@@ -206,7 +206,13 @@ def test_what_is_asked_for_later_is_added(target, drafts, tmp_path, decoded):
     make(target, tmp_path, tasks)[0].measure(renamed)
     assert decoded == []
     # Another prompt, or another draft, is another part; parts of a folder that was set aside serve too.
-    make(target, tmp_path, [(tasks[0][0], prompts(4, 9))], block_sizes=(1,))[0].measure(drafts[0])
+    other, _ = make(target, tmp_path, [(tasks[0][0], prompts(4, 9))], block_sizes=(1,))
+    other.measure(drafts[0])
+    # Under the name of the old prompts the new ones stand alone, and the old ones again where they are asked for.
+    results, samples = other.results(drafts[0])
+    assert [(run["temperature"], run["block_size"]) for run in results["runs"]] == [(0, 1)]
+    assert {line["id"] for line in samples} == {f"9-{i}" for i in range(4)}
+    assert more.results(drafts[0])[0]["runs"] == runs
     make(target, tmp_path / "new", tasks, earlier=[tmp_path])[0].measure(drafts[0])
     make(target, tmp_path, tasks, block_sizes=(1,))[0].measure(drafts[1])
     assert decoded == [("first", 2), ("one", "first", 2, 1), ("two", "first", 2, 1)]
@@ -222,6 +228,10 @@ def test_results_of_another_pair_or_setting_are_not_added_to(target, drafts, tmp
         check_same(tmp_path / "results.json", made.header(drafts[1]))
     with pytest.raises(ConfigError, match="with seed 0, here it is 1: give another folder"):
         check_same(tmp_path / "results.json", make(target, tmp_path, seed=1)[0].header(drafts[0]))
+    for other in ("{", "[]", "{}"):
+        (tmp_path / "results.json").write_text(other)
+        with pytest.raises(ConfigError, match=r"results\.json holds no results"):
+            check_same(tmp_path / "results.json", made.header(drafts[0]))
 
 
 def test_a_damaged_part_is_named(target, drafts, tmp_path):
@@ -231,6 +241,16 @@ def test_a_damaged_part_is_named(target, drafts, tmp_path):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(ConfigError, match=f"{path.name} is damaged .*delete it"):
         made.results(drafts[0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_prompts_that_are_alike_say_nothing_of_chance(target, drafts, count):
+    """Their spread is rounding, of which any difference is many times as much."""
+    cell = Cell(target, drafts[0], Work(Task("t", None, 0.8), prompts(count, 0)), Speculation(3))
+    seen = Acceptance(np.array([0.3, 0.9, 0.7]), np.ones(3), np.ones(3, bool), np.ones(3))
+    results = [SpeculativeResult([1, 2, 3], [0, 1], cut=False, drafted=[3, 3], rejected=[4, 4])] * count
+    found = _losslessness(cell, results, Baseline([[1, 2, 3]] * count, []), [seen] * count)
+    assert found["offline_deviation"] is None
 
 
 def test_times_by_hand():

@@ -166,6 +166,7 @@ def test_what_the_command_line_asks_for():
     ]
     for names, files, message in (
         (["dolly", "xsum"], ["a.jsonl"], "--task names one file"),
+        (["dolly=b.jsonl"], ["a.jsonl"], "--task names one file"),
         (["xsun"], [], "did you mean 'xsum'"),
     ):
         with pytest.raises(ConfigError, match=message):
