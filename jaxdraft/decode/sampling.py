@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdraft.backend import platform
+
 SAMPLE = 1001
 """Purpose of the key that draws a token of plain, autoregressive sampling."""
 PROPOSE = 1002
@@ -116,10 +118,12 @@ def gumbel_argmax(probs: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
-    """The first of the largest along the last axis, ``int32[…]``: ``jnp.argmax`` by two reductions of single numbers.
+    """The first of the largest along the last axis, ``int32[…]``: ``jnp.argmax``, on CPUs by two plain reductions.
 
     XLA's CPU compiler runs a reduction of pairs element by element: 0.85 ms for 6 rows of 32,000, and 0.11 ms so.
     """
+    if platform() != "cpu":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     last = logits.shape[-1] - 1
     places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
