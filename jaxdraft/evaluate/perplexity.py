@@ -103,8 +103,8 @@ def read_documents(source: Source, tokenizer: Tokenizer) -> Documents:
         if len(tokens) > 1:
             first = "" if tokenizer.adds_bos else tokenizer.decode(tokens[:1])
             found.append(Document(tokens, len(text.split()), len(text.encode()) - len(first.encode())))
-    known = [getattr(source, field, None) for field in ("name", "split")]
-    name = "/".join(filter(None, known)) or getattr(source, "path", type(source).__name__)
+    named = (getattr(source, field, None) for field in ("name", "path"))
+    name = "/".join(filter(None, (next(filter(None, named), type(source).__name__), getattr(source, "split", None))))
     if not found:
         raise ConfigError(f"{name}: no text")
     for reason, count in quarantine.counts.items():
