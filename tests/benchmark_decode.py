@@ -1,6 +1,6 @@
 """How fast the decoders are on a CPU, alone and with a draft, beside transformers on the same weights.
 
-    python -m tests.benchmark_decode [--threads 1 2] [--targets 58M 220M] [--rounds 5]
+    python -m tests.benchmark_decode [--threads 1 2] [--targets 58M 220M] [--rounds 5] [--no-batches]
 
 Where torch and transformers are installed in this Python, transformers runs in turn with the decoders, in one process:
 float32, the same prompts, batch 1, assisted generation with as many draft tokens in every block, greedy answers equal
@@ -232,7 +232,7 @@ def in_batches(ours, prompts, rounds, title):
             )
 
 
-def measure(folders, size, threads, rounds):
+def measure(folders, size, threads, rounds, batches):
     """All of one target and thread count, in a process that was started for it."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     rng = np.random.default_rng(1)
@@ -243,7 +243,7 @@ def measure(folders, size, threads, rounds):
             theirs = Transformers(folders, sharper, threads)
         title = f"{size}, {threads} thread{'s' * (threads > 1)}, {how}"
         beside_transformers(ours, theirs, prompts[:PROMPTS], sampling, rounds, title)
-        if not sampling:
+        if batches and not sampling:
             in_batches(ours, prompts, rounds, title)
 
 
@@ -252,10 +252,11 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--targets", nargs="+", choices=["58M", "220M"], default=["58M", "220M"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", action=argparse.BooleanOptionalAction, default=True, help="every γ, and batch 8")
     parser.add_argument("--folders", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.folders:
-        measure(asked.folders, asked.targets[0], asked.threads[0], asked.rounds)
+        measure(asked.folders, asked.targets[0], asked.threads[0], asked.rounds, asked.batches)
         return
     with tempfile.TemporaryDirectory() as folder:
         for seed, size in enumerate([*asked.targets, DRAFT]):
@@ -267,7 +268,8 @@ def main():
                 flags = [os.environ.get("XLA_FLAGS", ""), ONE_THREAD if threads == 1 else ""]
                 subprocess.run(
                     [sys.executable, "-m", "tests.benchmark_decode", "--targets", size, "--threads", str(threads)]
-                    + ["--rounds", str(asked.rounds), "--folders", f"{folder}/{size}", f"{folder}/{DRAFT}"],
+                    + ["--rounds", str(asked.rounds), "--batches" if asked.batches else "--no-batches"]
+                    + ["--folders", f"{folder}/{size}", f"{folder}/{DRAFT}"],
                     env={**os.environ, "XLA_FLAGS": " ".join(filter(None, flags))},
                     check=True,
                 )
