@@ -105,7 +105,11 @@ def test_results_are_complete_and_consistent(tiny_run):
             if row["temperature"] == 0:
                 assert row["identical_to_target"] == row["prompts"]
                 assert row["block_efficiency_offline"] == row["block_efficiency"]
-        assert min(results[of]["perplexity"] for of in ("perplexity", "target_perplexity")) > 1
+        assert results["target_perplexity"]["perplexity"] > 1
+        if draft == "pretrain":
+            assert results["perplexity"]["perplexity"] > 1
+        else:
+            assert results["perplexity"]["perplexity"] is None, "a draft vocabulary cannot say every token"
         assert results["perplexity"]["text"] == "PythonLibrary/eval"
     lines = [json.loads(line) for line in (tiny_run / "evaluate" / "checkpoints.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if line["draft"] == "distill"} == {3, 6}
