@@ -66,7 +66,7 @@ def greedy(draft: ModelConfig) -> Agreement:
     def settle(drafts, logits_BKV):
         return verify_equal(drafts.tokens_BG, most_likely(logits_BKV), drafts.count_B)
 
-    return Agreement(lambda logits_BR, _: (token_ids(draft, most_likely(logits_BR)), None), settle)
+    return Agreement(_greedily(draft), settle)
 
 
 def sampled(
@@ -79,8 +79,6 @@ def sampled(
         propose_B, accept_B, rule = position_keys(propose_B, length_B), position_keys(accept_B, length_B), verify_block
 
     def choose(logits_BR, i):
-        if speculation.drafting == "greedy":
-            return token_ids(draft, most_likely(logits_BR)), None
         probs_BR = probabilities(logits_BR, sampling)
         drawn_B = draw(position_keys(propose_B, length_B + i), probs_BR)
         return token_ids(draft, drawn_B), widen(draft, probs_BR)
@@ -93,7 +91,7 @@ def sampled(
         accepted_B, next_probs_BV = rule(drafts.tokens_BG, p_BGV, q_BKV, u_BG, drafts.count_B)
         return accepted_B, draw(position_keys(keys.replace_B, length_B + accepted_B), next_probs_BV)
 
-    return Agreement(choose, settle)
+    return Agreement(_greedily(draft) if speculation.drafting == "greedy" else choose, settle)
 
 
 def drafter_invariant(
@@ -107,12 +105,14 @@ def drafter_invariant(
     noise_BKV = jax.vmap(noise, out_axes=1)(jnp.arange(speculation.block_size + 1))
 
     def choose(logits_BR, i):
-        if speculation.drafting == "greedy":
-            return token_ids(draft, most_likely(logits_BR)), None
         return gumbel_argmax(widen(draft, probabilities(logits_BR, sampling)), noise_BKV[:, i]), None
 
     def settle(drafts, logits_BKV):
         own_BK = gumbel_argmax(probabilities(logits_BKV, sampling), noise_BKV)
         return verify_equal(drafts.tokens_BG, own_BK, drafts.count_B)
 
-    return Agreement(choose, settle)
+    return Agreement(_greedily(draft) if speculation.drafting == "greedy" else choose, settle)
+
+
+def _greedily(draft: ModelConfig) -> Choose:
+    return lambda logits_BR, _: (token_ids(draft, most_likely(logits_BR)), None)
