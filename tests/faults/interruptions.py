@@ -1,0 +1,1 @@
+"""Processes killed, stopped and restarted: F1 to F4, F12, F15."""

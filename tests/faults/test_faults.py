@@ -1,0 +1,33 @@
+"""Every fault of the suite a few times; ``python -m tests.faults`` does them more often."""
+
+import pytest
+
+from tests.faults import FAULTS, Bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("faults"), effort=1)
+
+
+@pytest.fixture(scope="module")
+def thorough(bench):
+    bench.effort = 3
+    return bench
+
+
+def _check(fault, bench):
+    outcome = fault.run(bench)
+    assert outcome.injected > 0
+    assert outcome.held == outcome.injected, outcome
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if not f.slow], ids=lambda f: f"{f.number} {f.injection}")
+def test_quick(fault, bench):
+    _check(fault, bench)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.number} {f.injection}")
+def test_thorough(fault, thorough):
+    _check(fault, thorough)
