@@ -56,14 +56,24 @@ def initialize() -> None:
         except RuntimeError as error:
             if "before any JAX calls" not in str(error):  # a test's or a notebook's, which has used its devices
                 raise
-    if jax.process_count() > 1:
+    if process_count() > 1:
         # The CPU's collectives wait for a process for ever, but only once it has been heard of.
         multihost_utils.sync_global_devices("initialize")
 
 
+def process_count() -> int:
+    """How many processes there are. Of one that joined no others jax is not asked: it would start the devices."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Which of them this is; 0 leads."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
 def is_lead() -> bool:
     """Whether this process is the one that decides, logs and writes what is not cut over processes."""
-    return jax.process_index() == 0
+    return process_index() == 0
 
 
 def on_lead(work: Callable[[], T]) -> T:
@@ -72,7 +82,7 @@ def on_lead(work: Callable[[], T]) -> T:
     Raises:
       ConfigError, Interrupted, OSError: as the lead's ``work`` did; of its other errors OSError on the others.
     """
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return work()
     if not is_lead():
         return _told(None)
@@ -94,14 +104,14 @@ def from_lead(values: Callable[[], Iterable[T]]) -> Iterator[T]:
 
 def from_all(*values: int) -> list[tuple[int, ...]]:
     """The numbers, each below 2³¹, of every process, in their order."""
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return [values]
     return [tuple(row) for row in multihost_utils.process_allgather(np.array(values, np.int32)).tolist()]
 
 
 def on_all(problem: str) -> list[str]:
     """What went wrong on any process, so that all of them do the same about it; empty where nothing did."""
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return [problem] if problem else []
     text = np.zeros(_PROBLEM_BYTES, np.uint8)
     told = np.frombuffer(problem.encode()[:_PROBLEM_BYTES], np.uint8)

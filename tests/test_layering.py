@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "inspect": BELOW_STAGES,
     "inspect_rows": BELOW_STAGES | {"home", "inspect"},
     "context": BELOW_STAGES | {"export", "home", "recipe"},
+    "early_checks": BELOW_STAGES | {"context", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
     "prepare": BELOW_STAGES | {"context", "data_stages", "recipe", "settings"},
@@ -75,7 +76,7 @@ MAY_IMPORT = {
         "settings",
         "stored_targets",
     },
-    "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
+    "run": BELOW_STAGES | {"__init__", "context", "early_checks", "home", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
     "cli_sample": BELOW_STAGES,
     "cli": BELOW_STAGES
