@@ -360,12 +360,11 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(copy, ca
     arguments = ["run", TINY, "--workdir", str(copy), "--set", "pretrain.learning_rate=1e30", "--only", "pretrain"]
     assert main(arguments) == 1
     said = capsys.readouterr().err
-    assert "3 steps in a row were not finite and were skipped: step 2, rows corpus " in said
+    assert "3 steps in a row were not finite and were skipped: step 1, rows corpus " in said
     assert not (copy / "pretrain" / "model").exists()
     lines = read_jsonl(copy / "pretrain" / "metrics.jsonl")
-    assert [(line["step"], line.get("skipped"), line["loss"] is None) for line in lines] == [
-        (1, None, False), *((step, 1, True) for step in (2, 3, 4)),
-    ]  # fmt: skip
+    assert [(line["step"], line["skipped"]) for line in lines] == [(1, 1), (2, 1), (3, 1)]
+    assert len({line["loss"] for line in lines}) == 3, "other rows, and still the parameters it began with"
 
 
 def test_a_changed_title_reaches_the_report(copy):
