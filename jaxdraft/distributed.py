@@ -56,24 +56,19 @@ def initialize() -> None:
         except RuntimeError as error:
             if "before any JAX calls" not in str(error):  # a test's or a notebook's, which has used its devices
                 raise
-    if process_count() > 1:
+    if not is_alone():
         # The CPU's collectives wait for a process for ever, but only once it has been heard of.
         multihost_utils.sync_global_devices("initialize")
 
 
-def process_count() -> int:
-    """How many processes there are. Of one that joined no others jax is not asked: it would start the devices."""
-    return jax.process_count() if jax.distributed.is_initialized() else 1
-
-
-def process_index() -> int:
-    """Which of them this is; 0 leads."""
-    return jax.process_index() if jax.distributed.is_initialized() else 0
+def is_alone() -> bool:
+    """Whether this process is the only one; asks no device."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def is_lead() -> bool:
     """Whether this process is the one that decides, logs and writes what is not cut over processes."""
-    return process_index() == 0
+    return is_alone() or jax.process_index() == 0
 
 
 def on_lead(work: Callable[[], T]) -> T:
@@ -82,7 +77,7 @@ def on_lead(work: Callable[[], T]) -> T:
     Raises:
       ConfigError, Interrupted, OSError: as the lead's ``work`` did; of its other errors OSError on the others.
     """
-    if process_count() == 1:
+    if is_alone():
         return work()
     if not is_lead():
         return _told(None)
@@ -104,14 +99,14 @@ def from_lead(values: Callable[[], Iterable[T]]) -> Iterator[T]:
 
 def from_all(*values: int) -> list[tuple[int, ...]]:
     """The numbers, each below 2³¹, of every process, in their order."""
-    if process_count() == 1:
+    if is_alone():
         return [values]
     return [tuple(row) for row in multihost_utils.process_allgather(np.array(values, np.int32)).tolist()]
 
 
 def on_all(problem: str) -> list[str]:
     """What went wrong on any process, so that all of them do the same about it; empty where nothing did."""
-    if process_count() == 1:
+    if is_alone():
         return [problem] if problem else []
     text = np.zeros(_PROBLEM_BYTES, np.uint8)
     told = np.frombuffer(problem.encode()[:_PROBLEM_BYTES], np.uint8)
@@ -124,18 +119,21 @@ def together(work: Callable[[], T]) -> T:
     """What ``work`` gives on each process, which reads files there; where it fails on one, all of them stop.
 
     Raises:
-      ConfigError, OSError: as ``work`` did here; OSError where it failed on another process.
+      ConfigError, OSError, Interrupted: as ``work`` did here; of another process OSError or Interrupted.
     """
+    result: Any = None
+    error: BaseException | None = None
     try:
-        result, error = work(), None
-    except (ConfigError, OSError) as caught:
-        result, error = None, caught
-    found = on_all("" if error is None else str(error) or type(error).__name__)
+        result = work()
+    except (ConfigError, OSError, Interrupted) as caught:
+        error = caught
+    found = on_all("" if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     if found:
-        raise OSError(found[0])
-    return result  # type: ignore[return-value]
+        kind, _, message = found[0].partition(": ")
+        raise Interrupted(message) if kind == "Interrupted" else OSError(message)
+    return result
 
 
 def fetch(tree: Any) -> Any:
