@@ -86,6 +86,12 @@ class Context:
         return hashlib.sha256("".join(self.target_hashes.values()).encode()).hexdigest()
 
     @cached_property
+    def tokenizer_hashes(self) -> dict[str, str]:
+        """sha256 of each file that says how text is cut into tokens: of the same pieces, other merges cut otherwise."""
+        files = [self.tokenizer_folder / name for name in ("tokenizer.json", "tokenizer.model")]
+        return {file.name: sha256(file) for file in files if file.exists()}
+
+    @cached_property
     def mesh(self) -> Mesh:
         """The devices as all Train stages of the recipe, and passes over whole texts, use them.
 

@@ -185,8 +185,8 @@ def _execute(plan: Plan, context: Context) -> str:
     """Runs a stage, writes its record and returns the hash of its output."""
     stage, began = plan.stage, time.perf_counter()
     align()
-    record = on_lead(lambda: _opened(plan, context))
     _fetch_inputs(stage, context)
+    record = on_lead(lambda: _opened(plan, context))
     execute = lambda: EXECUTE[type(stage)](stage, context)
     elapsed = lambda: round(record["seconds"] + time.perf_counter() - began, 3)
     try:

@@ -108,7 +108,8 @@ def outputs(bench: Bench) -> Outcome:
             with _damaged(file, damage, bench.random):
                 code, said = called(*command)
             name = str(file.relative_to(workdir))
-            if code != 2 or name not in said:
+            words = name if damage is not _deleted else f"{name.partition('/')[2]} is gone"
+            if code != 2 or words not in said:
                 bad.append(f"{name} {damage.__name__}: exit {code}, {said[-300:]!r}")
                 shutil.rmtree(workdir)  # something may have been set aside
                 shutil.copytree(bench.undisturbed, workdir)
@@ -161,13 +162,14 @@ def inputs(bench: Bench) -> Outcome:
     command += ["--set", f"target.path={target}", "--set", f"prompts.path={prompts}"]
     code, said = called(*command)
     bad, count = [] if code == 0 else [said], 0
-    # Of tokenizer.json and tokenizer.model the first is read; the other file is an engine's.
-    used = [target / name for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")]
-    for file, damage in _each([*used, prompts], bench):
+    names = {prompts: "responses.prompts.0"}
+    names |= {target / name: f"target/{name}" for name in ("config.json", "model.safetensors")}
+    names |= {target / name: f"tokenizer/{name}" for name in ("tokenizer.json", "tokenizer.model")}
+    for file, damage in _each(list(names), bench):
         count += 1
         with _damaged(file, damage, bench.random):
             code, said = called(*command, "--list")
-        named = file.name in said or (code == 0 and " tokenizer " in said) or (code == 0 and "prompts" in said)
-        if not (code == 2 or (code == 0 and "changed" in said)) or not named:
+        is_another = code == 0 and f"input {names[file]} {'is gone' if damage is _deleted else 'has changed'}" in said
+        if not is_another and not (code == 2 and file.name in said):
             bad.append(f"{file.name} {damage.__name__}: exit {code}, {said[-300:]!r}")
     return Outcome(count, count - len(bad), "; ".join(bad))
