@@ -8,9 +8,11 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxdraft.checkpoint import Checkpoints
 from jaxdraft.context import Context
+from jaxdraft.fingerprint import fingerprint
 from jaxdraft.home import open_home
 from jaxdraft.models.hf import load_config
 from jaxdraft.recipe import Train
@@ -42,6 +44,10 @@ def _cut_short(path: Path, drawn: random.Random) -> None:
 
 def _deleted(path: Path, drawn: random.Random) -> None:
     path.unlink()
+
+
+def _removed(folder: Path, drawn: random.Random) -> None:
+    shutil.rmtree(folder)
 
 
 DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (_flipped, _zeroed, _cut_short, _deleted)
@@ -81,6 +87,69 @@ def _each(files: list[Path], bench: Bench) -> Iterator[tuple[Path, Callable[[Pat
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _abstract(workdir: Path) -> Any:
+    """Shapes of the state that the stage ``pretrain`` trains."""
+    recipe = load_recipe(str(RECIPE))
+    stage, context = recipe.stage("pretrain"), Context(recipe, open_home(workdir, None))
+    assert isinstance(stage, Train)
+    config = load_config(context.model_folder(stage.name))
+    return abstract_state(stage, config, state_shardings(config, stage, context.mesh))
+
+
+@fault("F5", "a file of the newest checkpoint is damaged")
+def checkpoints(bench: Bench) -> Outcome:
+    """It is named, and the step before restored, bit for bit; where only its hashes are gone its fingerprint counts."""
+    made, abstract = bench.undisturbed / "pretrain" / "checkpoints", _abstract(bench.undisturbed)
+    with Checkpoints(made) as kept:
+        *_, before, newest = kept.steps
+        intact = {step: fingerprint(kept.restore(abstract, step)) for step in (before, newest)}
+    bad, count = [], 0
+    files = [made / f"{newest}.json", *_files(made / str(newest))]
+    for file, damage in [*_each(files, bench), *[(made / str(newest), _removed)] * bench.effort]:
+        count += 1
+        folder = Path(shutil.copytree(made, bench.new("f5")))
+        damage(folder / file.relative_to(made), bench.random)
+        try:
+            with _warnings() as heard, Checkpoints(folder) as kept:
+                step, state = kept.restore_newest(abstract)
+            expected = newest if (file, damage) == (files[0], _deleted) else before
+            held = step == expected and (fingerprint(state) == intact[step]).all()
+            held &= any(str(folder / file.relative_to(made)) in warning for warning in heard)
+            found = f"step {step}, warnings {heard}"
+        except Exception as error:
+            held, found = False, repr(error)
+        if not held:
+            bad.append(f"{file.relative_to(made)} {damage.__name__}: {found}")
+        shutil.rmtree(folder)
+    return Outcome(count, count - len(bad), "; ".join(bad))
+
+
+@fault("F5", "a run goes on from a checkpoint that is damaged, or from none that is not")
+def resumed(bench: Bench) -> Outcome:
+    """The real command ends with the same bytes, or is refused and leaves everything as it is."""
+    expected, bad = bench.expected, []
+    command = ["run", str(RECIPE), "--only", "pretrain", "--workdir"]
+    for _ in range(bench.effort):
+        workdir = Path(shutil.copytree(bench.undisturbed, bench.new("f5")))
+        (workdir / "pretrain" / "model" / "model.safetensors").unlink()  # so that the stage has to go on
+        folder = workdir / "pretrain" / "checkpoints"
+        *_, before, newest = sorted(int(path.stem) for path in folder.glob("*.json"))
+        damage = bench.random.choice(DAMAGES)
+        file = bench.random.choice(_files(folder / str(newest)))
+        damage(file, bench.random)
+        there = {path: path.read_bytes() for path in _files(folder)}
+        other = bench.random.choice(_files(folder / str(before)))
+        with _damaged(other, damage, bench.random):
+            code, said = called(*command, str(workdir))
+        if code != 1 or str(folder) not in said or {path: path.read_bytes() for path in _files(folder)} != there:
+            bad.append(f"{file} and {other} {damage.__name__}: exit {code}, {said[-300:]!r}")
+        with _warnings() as heard:
+            code, said = called(*command, str(workdir))
+        if code or not any(str(file) in warning for warning in heard) or hashes(workdir) != expected:
+            bad.append(f"{file} {damage.__name__}: exit {code}, {said[-300:]!r}, warnings {heard}")
+    return Outcome(2 * bench.effort, 2 * bench.effort - len(bad), "; ".join(bad))
 
 
 READS = {  # what is changed so that a stage has to read the outputs of these
