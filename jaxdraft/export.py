@@ -122,7 +122,7 @@ def export_untrained(
     if draft.num_parameters >= model.num_parameters:
         raise ConfigError(f"{shape} has {draft.num_parameters:,} parameters, {target} only {model.num_parameters:,}")
     provenance = {"recipe": "none: untrained", "target": target.name, "shape": shape, "seed": seed}
-    params = init_params(draft, jax.random.key(seed))
+    params = init_params(draft, jax.random.key(seed, impl="threefry2x32"))
     return export_model(out, draft, params, target, dtype=dtype, block_size=block_size, provenance=provenance)
 
 
