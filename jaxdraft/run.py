@@ -3,13 +3,8 @@
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +13,6 @@ from typing import Any
 
 import jax
 
-from jaxdraft import __version__
 from jaxdraft.context import Context
 from jaxdraft.data.records import sha256, write_json
 from jaxdraft.distributed import is_lead, on_lead, together
@@ -26,12 +20,11 @@ from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.home import Home, open_home
 from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
+from jaxdraft.provenance import environment, output_hash, stage_fingerprint
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.tracking import say
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +159,7 @@ def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
     inputs = {name: made[name] for name in needs} | external_inputs(stage, context)
     settings = to_json(stage)
     shape = _resolved_shape(stage, context)
-    fingerprint = hashlib.sha256(
-        json.dumps([settings, shape, inputs, context.recipe.seed], sort_keys=True).encode()
-    ).hexdigest()
+    fingerprint = stage_fingerprint(settings, shape, inputs, context.recipe.seed)
     record = _record(context.folder(stage.name))
     if record is None:
         return Plan(stage, "missing", "to do", inputs, fingerprint)
@@ -237,7 +228,7 @@ def _closed(record: dict[str, Any], files: Sequence[Path], summary: Any, seconds
     traces = [file for file in (folder / "profile").rglob("*") if file.is_file()]
     context.home.keep(*files, *folder.glob("timing.jsonl"), *traces)
     outputs = {str(file.relative_to(folder)): sha256(file) for file in files}
-    output = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+    output = output_hash(outputs)
     done = {"status": "done", "outputs": outputs, "output": output, "summary": summary, "seconds": seconds}
     _write_json(context.home, f"{record['name']}/stage.json", {**record, **done})
     say(f"    done in {seconds:.1f} s")
@@ -300,26 +291,17 @@ def _recipe_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def _run_json(context: Context, command: Sequence[str]) -> dict[str, Any]:
+    stages = context.recipe.stages
+    records = {stage.name: record for stage in stages if (record := _record(context.folder(stage.name)))}
     return {
         "command": list(command),
-        "jaxdraft": __version__,
-        "git": _git_revision(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
+        **environment(),
         "mesh": dict(context.mesh.shape),
         "decode_mesh": dict(context.decode_mesh.shape),
         "seed": context.recipe.seed,
+        "stage_seeds": {stage.name: context.seed(stage) for stage in stages if isinstance(stage, Train)},
+        "inputs": {name: record["inputs"] for name, record in records.items()},
     }
-
-
-def _git_revision() -> str | None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return None
 
 
 def _check_starts(context: Context) -> None:

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "huggingface": set(),
     "distributed": set(),
     "fingerprint": {"distributed"},
+    "provenance": {"__init__"},
     "sharding": {"distributed"},
     "tokenizers": set(),
     "tokenizer_training": {"tokenizers"},
@@ -75,7 +76,7 @@ MAY_IMPORT = {
         "settings",
         "stored_targets",
     },
-    "run": BELOW_STAGES | {"__init__", "context", "home", "recipe", "settings", "stages"},
+    "run": BELOW_STAGES | {"context", "home", "provenance", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
     "cli_sample": BELOW_STAGES,
     "cli": BELOW_STAGES
