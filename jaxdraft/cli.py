@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxdraft import __version__
 from jaxdraft.arguments import checkpoints, integers, numbers, positive, seed, step_range, whole
+from jaxdraft.cli_runs import add_runs
 from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
 from jaxdraft.errors import ConfigError, Interrupted
 
@@ -216,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--stage", help="of a run directory: a stage that made rows or answers, to read some of them")
     inspect.add_argument("--rows", type=positive, help="with --stage: how many, chosen at random (default: 3)")
     inspect.add_argument("--seed", type=seed, help="with --stage: of the choice (default: 0)")
+    add_runs(verb)
     return parser
 
 

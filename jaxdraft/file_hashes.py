@@ -18,8 +18,11 @@ def damage(folder: Path, record: Path) -> list[str]:
         return [f"{record}: unreadable ({error})"]
     found = {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
     return [
-        f"{folder / name} has changed since it was saved" if name in found and name in expected
-        else f"{folder / name} is gone" if name in expected else f"{folder / name} is not of this checkpoint"
+        f"{folder / name} has changed since it was saved"
+        if name in found and name in expected
+        else f"{folder / name} is gone"
+        if name in expected
+        else f"{folder / name} is not of this checkpoint"
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]

@@ -67,10 +67,10 @@ def _model(folder: Path) -> Iterator[tuple[str, str]]:
     yield "rotary embedding", f"theta {c.rope_theta:g}, {scaling}, {c.max_positions:,} positions"
     yield (
         "weights",
-        f"{len(files)} file(s), {', '.join(sorted(dtypes))}, {_bytes(sum(f.stat().st_size for f in files))}",
+        f"{len(files)} file(s), {', '.join(sorted(dtypes))}, {as_bytes(sum(f.stat().st_size for f in files))}",
     )
     cache = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_size
-    yield "cache", f"{_bytes(cache)} a token in bfloat16"
+    yield "cache", f"{as_bytes(cache)} a token in bfloat16"
     yield "BOS, EOS", f"{c.bos_id}, {', '.join(map(str, c.eos_ids)) or 'none'}"
     if (folder / "generation_config.json").is_file():
         yield "generation", json.dumps(read_json(folder / "generation_config.json"))
@@ -97,11 +97,12 @@ def _run(folder: Path) -> Iterator[tuple[str, str]]:
         record = read_json(place / "stage.json")
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
         facts = [f"{name} {value}" for name, value in record.get("summary", {}).items() if not isinstance(value, dict)]
-        told = [record["kind"], record["status"], f"{record['seconds']:.1f} s", _bytes(size), *facts]
+        told = [record["kind"], record["status"], f"{record['seconds']:.1f} s", as_bytes(size), *facts]
         yield stage["name"], ", ".join(told)
 
 
-def _bytes(count: int) -> str:
+def as_bytes(count: int) -> str:
+    """A number of bytes to three digits: "1.25 MB"."""
     size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

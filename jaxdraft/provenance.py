@@ -66,7 +66,7 @@ def environment() -> dict[str, Any]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    """``"packages.jax was "0.10.1" and is "0.10.2""`` for each field of ``before`` that is another now."""
+    """Each field that is another now, in words: ``steps was 10 and is 8``; of an object in an object ``a.b``."""
     found: list[str] = []
     for key in before.keys() | now.keys():
         old, new, name = before.get(key), now.get(key), f"{path}{key}"

@@ -17,7 +17,7 @@ from jaxdraft.context import Context
 from jaxdraft.data.records import sha256, write_json
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError, Interrupted
-from jaxdraft.home import Home, open_home
+from jaxdraft.home import LOCK, Home, open_home
 from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.provenance import environment, output_hash, stage_fingerprint
@@ -340,7 +340,7 @@ def _write_json(home: Home, name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    with (workdir / ".lock").open("w") as file:
+    with (workdir / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

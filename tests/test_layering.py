@@ -54,6 +54,8 @@ MAY_IMPORT = {
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
     "inspect_rows": BELOW_STAGES | {"home", "inspect"},
+    "file_hashes": {"data"},
+    "verify": BELOW_STAGES | {"file_hashes", "home", "inspect", "provenance"},
     "context": BELOW_STAGES | {"export", "home", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
@@ -79,11 +81,13 @@ MAY_IMPORT = {
     "run": BELOW_STAGES | {"context", "home", "provenance", "recipe", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
     "cli_sample": BELOW_STAGES,
+    "cli_runs": BELOW_STAGES | {"home", "verify"},
     "cli": BELOW_STAGES
     | {
         "__init__",
         "arguments",
         "check",
+        "cli_runs",
         "cli_sample",
         "export",
         "home",
