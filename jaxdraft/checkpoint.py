@@ -4,6 +4,7 @@ Orbax does not notice a flipped bit inside an array, so every checkpoint carries
 walks back to the newest step whose arrays still match theirs.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from jaxdraft.fingerprint import fingerprint
 from jaxdraft.remote import is_url
 
 logger = logging.getLogger(__name__)
+
+
+def saved_fingerprint(folder: Path, step: int) -> list[int]:
+    """The fingerprint that a checkpoint was saved with, as it is written beside its arrays."""
+    return json.loads((folder / str(step) / "meta" / "metadata").read_text())["fingerprint"]
 
 
 class Checkpoints:

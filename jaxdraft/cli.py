@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     _keep_compiled_programs()
     try:
-        options.verb(options, ["jaxdraft", *arguments])
+        return options.verb(options, ["jaxdraft", *arguments]) or DONE
     except ConfigError as error:
         return _fail(WRONG, str(error))
     except Interrupted as error:
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--stage", help="of a run directory: a stage that made rows or answers, to read some of them")
     inspect.add_argument("--rows", type=positive, help="with --stage: how many, chosen at random (default: 3)")
     inspect.add_argument("--seed", type=seed, help="with --stage: of the choice (default: 0)")
-    add_runs(verb)
+    add_runs(verb, parser.parse_args)
     return parser
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from jaxdraft.arguments import positive, whole
 from jaxdraft.errors import ConfigError
 
+DIFFERENT = 1
 VERIFY_EXAMPLE = """examples:
   jaxdraft verify runs/quickstart
   jaxdraft verify runs/quickstart --stage distill-tvdpp
@@ -14,13 +16,45 @@ VERIFY_EXAMPLE = """examples:
 Exit code 2 if anything is wrong. Inputs from outside the run directory are not looked at: `jaxdraft run … --list`
 does that."""
 
+DIFF_EXAMPLE = """example:
+  jaxdraft diff runs/mine runs/again
 
-def add_runs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """The three verbs; ``verb(name, action, what, example)`` makes the parser of one."""
+Exit code 0 if the runs are identical, times apart; 1 if they differ; 2 if they cannot be compared."""
+REPLAY_EXAMPLE = """examples:
+  jaxdraft replay runs/quickstart --stage distill-tvdpp
+  jaxdraft replay runs/quickstart --stage distill-tvdpp --from 400 --steps 10
+
+The recipe is that of the command in run.json, given where that was given. Exit code 0 if every byte repeats, else 1."""
+
+
+def add_runs(
+    verb: Callable[..., argparse.ArgumentParser], parse: Callable[[Sequence[str]], argparse.Namespace]
+) -> None:
+    """The three verbs.
+
+    Args:
+      verb: makes the parser of one: of its name, what it calls, what it does and an example.
+      parse: reads a whole command line.
+    """
     verify = verb("verify", _verify, "hash a run directory anew and hold it against its records", VERIFY_EXAMPLE)
     verify.add_argument("run", help="the run directory: a path, or gs://…")
     verify.add_argument("--stage", help="look at this stage only")
     verify.add_argument("--superseded", action="store_true", help="look at what was set aside too")
+
+    diff = verb("diff", _diff, "say where two runs part: the first step, field and token", DIFF_EXAMPLE)
+    diff.add_argument("first", help="a run directory: a path, or gs://…")
+    diff.add_argument("second", help="another one")
+
+    replay = verb("replay", _replay, "repeat some steps of a Train stage and compare them to the byte", REPLAY_EXAMPLE)
+    replay.add_argument("run", help="the run directory")
+    replay.add_argument("--stage", required=True, help="a Train stage of it")
+    replay.add_argument(
+        "--from", dest="start", type=whole, metavar="STEP", help="a checkpoint's, or 0 (default: the last but one)"
+    )
+    replay.add_argument("--steps", type=positive, help="how many (default: to the next checkpoint)")
+    replay.add_argument("--recipe", help="of a run that no command line began: its recipe file or name")
+    replay.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --recipe")
+    replay.set_defaults(parse=parse)
 
 
 def _verify(options: argparse.Namespace, command: list[str]) -> None:
@@ -33,3 +67,36 @@ def _verify(options: argparse.Namespace, command: list[str]) -> None:
     print_checked(home, found, options.superseded)
     if wrong := sum(len(checked.problems) for checked in found):
         raise ConfigError(f"{home}: {wrong} wrong, see above")
+
+
+def _diff(options: argparse.Namespace, command: list[str]) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxdraft.diff import diff, print_compared
+    from jaxdraft.home import open_home
+
+    return DIFFERENT * (not print_compared(diff(open_home(options.first, None), open_home(options.second, None))))
+
+
+def _replay(options: argparse.Namespace, command: list[str]) -> int:
+    from jaxdraft.home import open_home
+    from jaxdraft.models.folder import read_json
+    from jaxdraft.recipe_file import load_recipe
+    from jaxdraft.replay import replay
+
+    home = open_home(options.run, None)
+    home.fetch_records()
+    recipe, assignments = options.recipe, options.set
+    if recipe is None:
+        if not (given := read_json(home.folder / "run.json").get("command")):
+            raise ConfigError(f"{home}: run.json names no command: give --recipe")
+        ran = options.parse(given[1:])
+        recipe, assignments = ran.recipe, ran.set
+    done = replay(load_recipe(recipe, assignments), home, options.stage, options.start, options.steps)
+    steps = done.end - done.start
+    print(f"{options.stage}, after step {done.start}: {done.repeated} of {steps} steps repeat to the byte")
+    if done.difference:
+        print(f"first difference: {done.difference}")
+        return DIFFERENT
+    if done.has_state:
+        print(f"the state after step {done.end} has the fingerprint of its checkpoint")
+    return 0

@@ -65,16 +65,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    """Each field that is another now, in words: ``steps was 10 and is 8``; of an object in an object ``a.b``."""
-    found: list[str] = []
-    for key in before.keys() | now.keys():
-        old, new, name = before.get(key), now.get(key), f"{path}{key}"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += changed(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name} was {json.dumps(old)} and is {json.dumps(new)}")
-    return sorted(found)
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields that two JSON objects have otherwise, with both values; ``a.b`` is field b of the object in field a.
+
+    A field that one lacks is ``None`` there.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*first, *second]):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found |= {f"{key}.{name}": values for name, values in differences(one, other).items()}
+        elif one != other:
+            found[key] = one, other
+    return found
 
 
 def _hash(value: Any) -> str:

@@ -22,7 +22,7 @@ from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.provenance import environment, output_hash, stage_fingerprint
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
-from jaxdraft.settings import to_json
+from jaxdraft.settings import shortened, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.tracking import say
 
@@ -261,18 +261,13 @@ def _changes(record: dict[str, Any], settings: Any, inputs: dict[str, str], shap
     old = {**record["settings"], "shape": record["shape"], "seed": record["seed"]}
     new = {**settings, "shape": shape, "seed": seed}
     found = [
-        f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}"
+        f"{key} was {shortened(old.get(key))} and is {shortened(new.get(key))}"
         for key in dict.fromkeys([*new, *old])
         if old.get(key) != new.get(key)
     ]
     found += [f"input {key} has changed" for key in inputs if record["inputs"].get(key) != inputs[key]]
     found += [f"input {key} is gone" for key in record["inputs"] if key not in inputs]
     return "; ".join(found)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

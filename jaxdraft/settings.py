@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import inspect
+import json
 from typing import Any
 
 
@@ -25,6 +26,12 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
+
+
+def shortened(value: Any) -> str:
+    """A JSON value in a message: at most 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _type_name(kind: type) -> str:

@@ -19,13 +19,14 @@ from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
 from jaxdraft.inspect import as_bytes, printable
 from jaxdraft.models.folder import read_json
-from jaxdraft.provenance import changed, output_hash, stage_fingerprint
+from jaxdraft.provenance import differences, output_hash, stage_fingerprint
 from jaxdraft.remote import is_url
+from jaxdraft.settings import shortened
 from jaxdraft.tracking import progress_bar
 
 _ACCOUNT = "answers.json"
 # What a stage keeps for itself, and no later one reads.
-_OWN = (RECORD, "timing.jsonl", "profile/*", "measured/*", "rows-*.json", "responses-*.json", f"{CHECKPOINTS}/*")
+OWN = (RECORD, "timing.jsonl", "profile/*", "measured/*", "rows-*.json", "responses-*.json", f"{CHECKPOINTS}/*")
 _AGAIN = "run the same command again"
 
 
@@ -217,7 +218,7 @@ class _Folder:
     def _unknown(self, checked: Checked, outputs: Mapping[str, str]) -> None:
         """Files that no record speaks of."""
         names = [str(path.relative_to(self._folder)) for path in self._folder.rglob("*") if path.is_file()]
-        known = lambda name: name in outputs or name in self._hashes or any(fnmatch(name, own) for own in _OWN)
+        known = lambda name: name in outputs or name in self._hashes or any(fnmatch(name, own) for own in OWN)
         if others := sorted(name for name in names if not known(name)):
             shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             checked.remarks.append(f"of no record: {shown}")
@@ -242,11 +243,10 @@ def _out_of_place(
 ) -> Iterator[str]:
     """Where a stage is not that of ``recipe.json``, or has read what is no longer there."""
     settings = {name: value for name, value in planned.items() if name != "kind"}
-    different = changed(record["settings"], settings)
-    if record["seed"] != seed:
-        different.append(f"the recipe's seed was {record['seed']} and is {seed}")
-    if different:
-        yield f"{record['name']} is not the stage of recipe.json ({'; '.join(different)}): {_AGAIN}"
+    made = {**record["settings"], "recipe's seed": record["seed"]}
+    if found := differences(made, {**settings, "recipe's seed": seed}):
+        words = "; ".join(f"{name} was {shortened(old)} and is {shortened(new)}" for name, (old, new) in found.items())
+        yield f"{record['name']} is not the stage of recipe.json, {words}: {_AGAIN}"
     for name, read in record["inputs"].items():
         other = records.get(name)
         if isinstance(other, dict) and other.get("output") != read:

@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "inspect": BELOW_STAGES,
     "inspect_rows": BELOW_STAGES | {"home", "inspect"},
     "file_hashes": {"data"},
-    "verify": BELOW_STAGES | {"file_hashes", "home", "inspect", "provenance"},
+    "verify": BELOW_STAGES | {"file_hashes", "home", "inspect", "provenance", "settings"},
+    "diff": BELOW_STAGES | {"home", "inspect", "provenance", "settings", "verify"},
     "context": BELOW_STAGES | {"export", "home", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
@@ -79,9 +80,10 @@ MAY_IMPORT = {
         "stored_targets",
     },
     "run": BELOW_STAGES | {"context", "home", "provenance", "recipe", "settings", "stages"},
+    "replay": BELOW_STAGES | {"context", "diff", "home", "provenance", "recipe", "run", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "recipe", "recipe_file", "stored_targets"},
     "cli_sample": BELOW_STAGES,
-    "cli_runs": BELOW_STAGES | {"home", "verify"},
+    "cli_runs": BELOW_STAGES | {"arguments", "diff", "home", "recipe_file", "replay", "verify"},
     "cli": BELOW_STAGES
     | {
         "__init__",

@@ -41,6 +41,7 @@ def train(
     profile: tuple[int, int] | None = None,
     checkpoints_folder: Path | str | None = None,
     before_save: Callable[..., None] | None = None,
+    until: int | None = None,
 ) -> Params:
     """Trains to the last step and returns the parameters; a second call with the same folder goes on where it stood.
 
@@ -64,7 +65,9 @@ def train(
       profile: first step to trace into ``profile/``, and the one to stop before.
       checkpoints_folder: where checkpoints go instead of ``folder / "checkpoints"``; may be a URL.
       before_save: called with the paths of the logs before each save, whose steps they are then to hold.
+      until: the step to stop after, instead of the last.
     """
+    last = optimizer.steps if until is None else until
     shardings = state_shardings(draft.config, optimizer, mesh)
     models = {name: model for name, (model, _) in (frozen or {}).items()}
     frozen_shardings = {name: model_shardings(model.config, mesh) for name, model in models.items()}
@@ -81,7 +84,7 @@ def train(
         if measure is not None and start == 0:
             log.measured(0, measure(state.params))
         tracer = _Tracer(folder / "profile", *(profile or (-1, -1)))
-        for step in range(start, optimizer.steps):
+        for step in range(start, last):
             tracer.before(step, state)
             batch = _place(batches, step, mesh, accumulate)
             state, metrics = step_fn(state, frozen_params, batch)
@@ -89,7 +92,7 @@ def train(
             if measure is not None and step + 1 in measured:
                 log.flush()  # which refuses numbers that are not finite
                 log.measured(step + 1, measure(state.params))
-            finished = step + 1 == optimizer.steps
+            finished = step + 1 == last
             if finished or (step + 1) % save_every == 0 or (keep_every and (step + 1) % keep_every == 0):
                 log.flush()
                 if before_save is not None:
