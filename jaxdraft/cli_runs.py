@@ -1,13 +1,21 @@
-"""``jaxdraft verify``, ``diff`` and ``replay`` on the command line: what can be asked of runs that are there."""
+"""``jaxdraft inspect``, ``verify``, ``diff`` and ``replay`` on the command line: what can be asked of what is there."""
 
 import argparse
 import os
 from collections.abc import Callable, Sequence
 
-from jaxdraft.arguments import positive, whole
+from jaxdraft.arguments import positive, seed, whole
 from jaxdraft.errors import ConfigError
 
 DIFFERENT = 1
+INSPECT_EXAMPLE = """examples:
+  jaxdraft inspect MODEL_FOLDER
+  jaxdraft inspect runs/quickstart
+  jaxdraft inspect runs/quickstart --stage corpus --rows 2
+  jaxdraft inspect gs://bucket/run --stage responses --seed 7
+
+With --stage you read what the draft will read: packed rows, or what the target answered, decoded with the special
+tokens. Dimmed, or between ‹ and ›, stand prompts and whatever else is no label. The same seed shows the same rows."""
 VERIFY_EXAMPLE = """examples:
   jaxdraft verify runs/quickstart
   jaxdraft verify runs/quickstart --stage distill-tvdpp
@@ -30,12 +38,17 @@ The recipe is that of the command in run.json, given where that was given. Exit 
 def add_runs(
     verb: Callable[..., argparse.ArgumentParser], parse: Callable[[Sequence[str]], argparse.Namespace]
 ) -> None:
-    """The three verbs.
+    """The four verbs.
 
     Args:
       verb: makes the parser of one: of its name, what it calls, what it does and an example.
       parse: reads a whole command line.
     """
+    inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
+    inspect.add_argument("folder", help="a model folder, owner/name[@revision] on the hub, or a run directory")
+    inspect.add_argument("--stage", help="of a run directory: a stage that made rows or answers, to read some of them")
+    inspect.add_argument("--rows", type=positive, help="with --stage: how many, chosen at random (default: 3)")
+    inspect.add_argument("--seed", type=seed, help="with --stage: of the choice (default: 0)")
     verify = verb("verify", _verify, "hash a run directory anew and hold it against its records", VERIFY_EXAMPLE)
     verify.add_argument("run", help="the run directory: a path, or gs://…")
     verify.add_argument("--stage", help="look at this stage only")
@@ -55,6 +68,21 @@ def add_runs(
     replay.add_argument("--recipe", help="of a run that no command line began: its recipe file or name")
     replay.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --recipe")
     replay.set_defaults(parse=parse)
+
+
+def _inspect(options: argparse.Namespace, command: list[str]) -> None:
+    if options.stage is not None:
+        from jaxdraft.home import open_home
+        from jaxdraft.inspect_rows import inspect_stage
+
+        inspect_stage(open_home(options.folder, None), options.stage, options.rows or 3, options.seed or 0)
+        return
+    if options.rows is not None or options.seed is not None:
+        raise ConfigError("--rows and --seed choose among a stage's rows: name the stage with --stage")
+    from jaxdraft.inspect import inspect
+    from jaxdraft.models.hub import model_folder
+
+    inspect(model_folder(options.folder))
 
 
 def _verify(options: argparse.Namespace, command: list[str]) -> None:

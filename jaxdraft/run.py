@@ -18,6 +18,7 @@ from jaxdraft.data.records import sha256, write_json
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.home import LOCK, Home, open_home
+from jaxdraft.licences import check_licence
 from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.provenance import environment, output_hash, stage_fingerprint
@@ -69,6 +70,7 @@ def run(
     only: Sequence[str] = (),
     command: Sequence[str] = (),
     profile: tuple[int, int] | None = None,
+    accept_licence: bool = False,
 ) -> Path | None:
     """Runs what is missing and returns the report's path; ``None`` if not one stage has run yet.
 
@@ -81,13 +83,15 @@ def run(
       only: run these stages only.
       command: the command line, for ``run.json``.
       profile: first step to trace of each Train stage, and the one to stop before.
+      accept_licence: go on though the target's licence forbids to train other models on its output.
 
     Raises:
-      ConfigError: a setting or an input is wrong.
+      ConfigError: a setting or an input is wrong, or such a licence is not accepted.
       Interrupted: another run holds the directory, or this one was asked to stop.
     """
     for name in only:
         recipe.stage(name)
+    licences = check_licence(recipe, workdir, accept_licence)
     home = open_home(workdir, jax.process_index())
     context = Context(recipe, home, profile)
     with contextlib.ExitStack() as held, _interruptible():
@@ -108,11 +112,11 @@ def run(
             else:
                 say(f"{banner}: {plan.reason}")
                 if not ran and is_lead():
-                    _write_json(home, "run.json", _run_json(context, command))
+                    _write_json(home, "run.json", {**_run_json(context, command), **licences})
                 made[stage.name] = _execute(plan, context)
                 ran = True
         if ran and is_lead():
-            _write_json(home, "run.json", {**_run_json(context, command), "outputs": made})
+            _write_json(home, "run.json", {**_run_json(context, command), **licences, "outputs": made})
         return Path(report) if (report := on_lead(lambda: _report(context))) else None
 
 
