@@ -2,8 +2,9 @@
 
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.folder import opened, read_json, weight_files
@@ -89,6 +90,8 @@ def _run(folder: Path) -> Iterator[tuple[str, str]]:
     yield "recipe", recipe["title"]
     yield "target", target if isinstance(target, str) else target["path"]
     yield "seed", str(recipe["seed"])
+    if (folder / "run.json").is_file():
+        yield from _made_with(read_json(folder / "run.json"))
     for stage in recipe["stages"]:
         place = folder / stage["name"]
         if not (place / "stage.json").is_file():
@@ -99,6 +102,22 @@ def _run(folder: Path) -> Iterator[tuple[str, str]]:
         facts = [f"{name} {value}" for name, value in record.get("summary", {}).items() if not isinstance(value, dict)]
         told = [record["kind"], record["status"], f"{record['seconds']:.1f} s", as_bytes(size), *facts]
         yield stage["name"], ", ".join(told)
+
+
+def _made_with(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The essential of ``run.json``."""
+    yield "command", " ".join(run["command"]) or "none: run from Python"
+    git = f" ({run['git']})" if run["git"] else ""
+    yield "software", f"jaxdraft {run['jaxdraft']}{git}, jax {run['packages']['jax']}, Python {run['python']}"
+    if run["xla_flags"]:
+        yield "XLA_FLAGS", run["xla_flags"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
+    yield (
+        "devices",
+        f"{len(run['devices'])} {run.get('device_kind', '')} in {run['processes']} process(es), mesh {mesh}",
+    )
+    if licence := run.get("target_licence"):
+        yield "target's licence", licence + (", accepted" if run.get("accepted_licence") else "")
 
 
 def as_bytes(count: int) -> str:

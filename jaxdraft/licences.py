@@ -4,10 +4,11 @@ Names are SPDX's: an identifier of its list, ``LicenseRef-…`` for one that is 
 name for it), ``NOASSERTION`` where nothing is known. What stands here is quoted from the licences and is no advice.
 """
 
+import collections
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import open_home
@@ -161,6 +162,17 @@ def check_licence(recipe: Recipe, workdir: Path | str, accept: bool = False) -> 
             raise ConfigError(told)
         found["accepted_licence"] = licence
     return found
+
+
+def source_licences(manifest: Mapping[str, Any]) -> list[str]:
+    """Those of the texts or the prompts that a manifest of packed rows was made of, in their order."""
+    source = manifest["source"]
+    if isinstance(source["settings"], list):
+        settings = source["settings"]
+        texts = [*map(collections.ChainMap, source.get("provenance", [{}] * len(settings)), settings)]
+    else:
+        texts = source["settings"].get("prompts", [])
+    return [text.get("licence") or NOASSERTION for text in texts]
 
 
 def _names(name: str) -> Iterator[str]:
