@@ -249,7 +249,7 @@ def _out_of_place(
         yield f"{record['name']} is not the stage of recipe.json, {words}: {_AGAIN}"
     for name, read in record["inputs"].items():
         other = records.get(name)
-        if isinstance(other, dict) and other.get("output") != read:
+        if isinstance(other, dict) and (other["status"] != "done" or other["output"] != read):
             now = "has been made anew since" if other["status"] == "done" else "is being made anew"
             yield f"{record['name']} has read {name}, which {now}: {_AGAIN}"
 
