@@ -19,9 +19,9 @@ from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
 from jaxdraft.inspect import as_bytes, printable
 from jaxdraft.models.folder import read_json
-from jaxdraft.provenance import differences, output_hash, stage_fingerprint
+from jaxdraft.provenance import output_hash, stage_fingerprint
 from jaxdraft.remote import is_url
-from jaxdraft.settings import shortened
+from jaxdraft.settings import changes
 from jaxdraft.tracking import progress_bar
 
 _ACCOUNT = "answers.json"
@@ -202,17 +202,21 @@ class _Folder:
 
     def _checkpoints(self, checked: Checked) -> None:
         folder = self._folder / CHECKPOINTS
-        steps = sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
-        if bare := [str(step) for step in steps if not (folder / f"{step}.json").exists()]:
-            checked.remarks.append(f"{folder}: {', '.join(bare)} without hashes: a restore checks the arrays")
-        for step in steps:
-            saved, record = folder / str(step), folder / f"{step}.json"
-            if record.exists():
-                wrong = file_hashes.damage(saved, record)
-                checked.problems += [f"{sentence}: a restore takes an older checkpoint" for sentence in wrong]
-            size = _size(saved)
-            checked.files += sum(file.is_file() for file in saved.rglob("*"))
-            checked.size += size
+        saved = {int(path.name) for path in folder.glob("*") if path.is_dir() and path.name.isdigit()}
+        recorded = {
+            int(path.stem)
+            for path in folder.glob("[0-9]*.json")
+            if file_hashes.is_complete(path) or path.with_suffix("").is_dir()  # else it was never finished
+        }
+        if bare := sorted(saved - recorded):
+            checked.remarks.append(f"{folder}: {', '.join(map(str, bare))} without hashes: a restore checks the arrays")
+        for step in sorted(recorded):
+            wrong = file_hashes.damage(folder / str(step), folder / f"{step}.json")
+            checked.problems += [f"{sentence}: a restore takes an older checkpoint" for sentence in wrong]
+        for step in saved:
+            files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
+            size = sum(path.stat().st_size for path in files)
+            checked.files, checked.size = checked.files + len(files), checked.size + size
             self._progress(size)
 
     def _unknown(self, checked: Checked, outputs: Mapping[str, str]) -> None:
@@ -243,10 +247,8 @@ def _out_of_place(
 ) -> Iterator[str]:
     """Where a stage is not that of ``recipe.json``, or has read what is no longer there."""
     settings = {name: value for name, value in planned.items() if name != "kind"}
-    made = {**record["settings"], "recipe's seed": record["seed"]}
-    if found := differences(made, {**settings, "recipe's seed": seed}):
-        words = "; ".join(f"{name} was {shortened(old)} and is {shortened(new)}" for name, (old, new) in found.items())
-        yield f"{record['name']} is not the stage of recipe.json, {words}: {_AGAIN}"
+    if different := changes(record, {**record, "settings": settings, "seed": seed}):
+        yield f"{record['name']} is not the stage of recipe.json, {'; '.join(different)}: {_AGAIN}"
     for name, read in record["inputs"].items():
         other = records.get(name)
         if isinstance(other, dict) and (other["status"] != "done" or other["output"] != read):

@@ -15,7 +15,18 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "fingerprint", "huggingface", "remote", "sharding", "tokenizers", "tracking"}
+BASE = {
+    "backend",
+    "distributed",
+    "fingerprint",
+    "huggingface",
+    "remote",
+    "settings",
+    "sharding",
+    "stopping",
+    "tokenizers",
+    "tracking",
+}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -31,7 +42,9 @@ MAY_IMPORT = {
     "tokenizers": set(),
     "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed"},
-    "checkpoint": {"distributed", "fingerprint", "remote", "sharding"},
+    "stopping": {"distributed"},
+    "file_hashes": {"data"},
+    "checkpoint": {"distributed", "file_hashes", "fingerprint", "remote", "settings", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote"},
@@ -55,7 +68,6 @@ MAY_IMPORT = {
     "check": {"check_rules"},
     "inspect": BELOW_STAGES,
     "inspect_rows": BELOW_STAGES | {"home", "inspect"},
-    "file_hashes": {"data"},
     "verify": BELOW_STAGES | {"file_hashes", "home", "inspect", "provenance", "settings"},
     "diff": BELOW_STAGES | {"home", "inspect", "provenance", "settings", "verify"},
     "context": BELOW_STAGES | {"export", "home", "recipe"},
@@ -69,6 +81,7 @@ MAY_IMPORT = {
     "probe": BELOW_STAGES | {"context", "recipe"},
     "stages": BELOW_STAGES
     | {
+        "home",
         "context",
         "data_stages",
         "export",

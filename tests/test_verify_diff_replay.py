@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdraft.cli import main
 from jaxdraft.data.records import PackedRows, write_rows
-from jaxdraft.file_hashes import write_hashes
 from jaxdraft.provenance import output_hash, stage_fingerprint
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
@@ -26,8 +25,6 @@ def trained(tmp_path_factory):
     """The tiny recipe as the command line runs it, but for the evaluation."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     assert main(["run", TINY, "--workdir", str(workdir), "--only", *STAGES]) == 0
-    for saved in workdir.glob("*/checkpoints/[0-9]*"):
-        write_hashes(saved, saved.with_name(f"{saved.name}.json"))
     return workdir
 
 
@@ -156,7 +153,7 @@ def _other_settings(run):
         (lambda run: (run / "pretrain" / "stage.json").write_text("{"), "stage.json is damaged"),
         (lambda run: edit(run / "pretrain" / "stage.json", inputs=None), "stage.json is damaged"),
         (_other_settings, "pretrain is not the stage of recipe.json, steps was 7 and is 6"),
-        (lambda run: edit(run / "recipe.json", seed=1), "recipe's seed was 0 and is 1"),
+        (lambda run: edit(run / "recipe.json", seed=1), "not the stage of recipe.json, seed was 0 and is 1"),
         (lambda run: edit(run / "run.json", outputs__pretrain="0" * 64), "run.json has another output of pretrain"),
         (lambda run: edit(run / "pretrain" / "stage.json", status="running"), "has read pretrain, which is being made"),
         (_other_rows, "manifest.json: rows is 3022, its shards have 3021"),
@@ -175,6 +172,7 @@ def test_records_that_do_not_fit_together_are_named(copy, capsys, damage, told):
 def test_what_is_no_damage_is_mentioned(copy, capsys):
     (copy / "corpus" / "notes.txt").write_text("mine")
     shutil.rmtree(copy / "distill")
+    (copy / "target" / "checkpoints" / "4.json").unlink()
     (copy / "superseded").mkdir()
     shutil.copytree(copy / "pretrain", copy / "superseded" / "pretrain.1")
     flip(copy / "superseded" / "pretrain.1" / "metrics.jsonl")
@@ -184,6 +182,7 @@ def test_what_is_no_damage_is_mentioned(copy, capsys):
     assert (code, wrong) == (0, [])
     told = "\n".join(out)
     assert "of no record: notes.txt" in told
+    assert "target/checkpoints: 4 without hashes" in told
     assert "left out: superseded/, 1 stages" in told
     assert "a run is at work in it now" in told
     code, wrong, out = verify(capsys, copy, "--superseded")
