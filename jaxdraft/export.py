@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft import __version__
+from jaxdraft.data.records import MANIFEST
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.collect import of_smallest_batch
 from jaxdraft.evaluate.words import decoding
+from jaxdraft.licences import TERMS, source_licences
 from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params
-from jaxdraft.models.folder import INDEX, WEIGHTS
+from jaxdraft.models.folder import INDEX, WEIGHTS, read_json
 from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hf_config import eos_json
 from jaxdraft.models.presets import preset
@@ -76,6 +78,7 @@ def export_stage(
         "seed": made["seed"],
         "settings and data (sha256)": made["fingerprint"],
         "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
+        **_licences(run, recipe),
     }
     config, params = load_model(folder)
     return export_model(
@@ -89,6 +92,18 @@ def export_stage(
         evaluations=evaluations,
         vocabulary=vocabulary,
     )
+
+
+def _licences(run: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """For the model card: of the target, what it asks of models that learn from it, and of the data."""
+    found = {}
+    if (record := run / "run.json").is_file() and (target := read_json(record).get("target_licence")):
+        found["licence of the target"] = target
+        if terms := TERMS.get(target):
+            found["it says"] = f"{terms.clause} ({terms.where})"
+    manifests = [path for stage in recipe["stages"] if (path := run / stage["name"] / MANIFEST).is_file()]
+    data = [licence for path in manifests for licence in source_licences(read_json(path))]
+    return found | ({"licences of the data": ", ".join(dict.fromkeys(data))} if data else {})
 
 
 def export_untrained(
