@@ -15,11 +15,13 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "fingerprint", "huggingface", "remote", "sharding", "tokenizers", "tracking"}
+BASE = {"backend", "distributed", "fingerprint", "huggingface", "remote", "sharding", "tracking", "untrusted"}
+BASE |= {"tokenizer_backends", "tokenizers"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
+    "untrusted": set(),
     "arguments": set(),
     "user_code": set(),
     "backend": set(),
@@ -27,14 +29,15 @@ MAY_IMPORT = {
     "distributed": set(),
     "fingerprint": {"distributed"},
     "sharding": {"distributed"},
-    "tokenizers": set(),
+    "tokenizer_backends": {"untrusted"},
+    "tokenizers": {"tokenizer_backends", "untrusted"},
     "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed"},
     "checkpoint": {"distributed", "fingerprint", "remote", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
-    "home": {"lease", "remote"},
-    "data": {"huggingface", "remote", "tokenizers"},
+    "home": {"lease", "remote", "untrusted"},
+    "data": {"huggingface", "remote", "tokenizers", "untrusted"},
     "server": {"data", "tokenizers"},
     "losses": {"backend", "user_code"},
     "models": BASE,
