@@ -27,6 +27,7 @@ from jaxdraft.home import Home, open_home
 from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
+from jaxdraft.redaction import redacted
 from jaxdraft.settings import to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.tracking import say
@@ -348,11 +349,11 @@ def _check_losses(context: Context) -> None:
 
 
 def _holds(path: Path, value: Any) -> bool:
-    return path.exists() and path.read_text() == json.dumps(value, indent=2) + "\n"
+    return path.exists() and path.read_text() == json.dumps(redacted(value), indent=2) + "\n"
 
 
 def _write_json(home: Home, name: str, value: Any) -> None:
-    write_json(home.folder / name, value)
+    write_json(home.folder / name, redacted(value))
     home.keep(home.folder / name)
 
 

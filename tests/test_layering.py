@@ -15,12 +15,13 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "fingerprint", "huggingface", "remote", "sharding", "tracking", "untrusted"}
-BASE |= {"tokenizer_backends", "tokenizers"}
+BASE = {"backend", "distributed", "fingerprint", "huggingface", "redaction", "remote", "sharding", "tracking"}
+BASE |= {"tokenizer_backends", "tokenizers", "untrusted"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
+    "redaction": set(),
     "untrusted": set(),
     "arguments": set(),
     "user_code": set(),
@@ -32,13 +33,13 @@ MAY_IMPORT = {
     "tokenizer_backends": {"untrusted"},
     "tokenizers": {"tokenizer_backends", "untrusted"},
     "tokenizer_training": {"tokenizers"},
-    "tracking": {"distributed"},
+    "tracking": {"distributed", "redaction"},
     "checkpoint": {"distributed", "fingerprint", "remote", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote", "untrusted"},
     "data": {"huggingface", "remote", "tokenizers", "untrusted"},
-    "server": {"data", "tokenizers"},
+    "server": {"data", "redaction", "tokenizers"},
     "losses": {"backend", "user_code"},
     "models": BASE,
     "decode": BASE | {"models"},
