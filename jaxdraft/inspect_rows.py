@@ -99,9 +99,14 @@ def _tokenizer(home: Home, recipe: Mapping[str, Any]) -> Tokenizer:
     """That of a stage or of a model folder, as the recipe says; without a word on it, the target's."""
     given = recipe["target"] if recipe["tokenizer"] is None else recipe["tokenizer"]
     if isinstance(given, str):
+        if not is_plain_name(given):
+            raise ConfigError(f"{home}/recipe.json: tokenizer {printable(given)!r} is no stage's name")
         home.fetch(given)
         return load_tokenizer(home.folder / given)
-    return load_tokenizer(model_folder(given["path"], given["revision"]))
+    with damaged(home.folder / "recipe.json", f": {_REMEDY}"):
+        check_fields(given, {"path": str, "revision": object})
+        path, revision = given["path"], given["revision"] and str(given["revision"])
+    return load_tokenizer(model_folder(path, revision))
 
 
 # Packed rows

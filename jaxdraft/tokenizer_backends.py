@@ -70,10 +70,11 @@ def read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     Raises:
       ConfigError: it is none.
     """
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
+    with library_errors(f"{path}: not a readable SentencePiece model"):
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        for i in range(model.get_piece_size()):
+            model.id_to_piece(i)  # of which each has to be Unicode
+    return model
 
 
 class SentencePieceBackend:

@@ -117,8 +117,9 @@ class Tokenizer:
             raise ChatTemplateError("the conversation has no messages")
         if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
             raise ChatTemplateError('a message lacks "role" or "content", or has something else than text there')
+        chat = self._chat
         try:
-            text = self._chat.apply_chat_template(
+            text = chat.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply
             )
         except Exception as error:  # a template's own errors, and what it makes Python do

@@ -5,6 +5,7 @@ Nothing else may be raised, no more memory taken than a folder of a few kilobyte
 """
 
 import contextlib
+import copy
 import faulthandler
 import gzip
 import io
@@ -195,7 +196,7 @@ def _changed_json(draw: Any, value: Any) -> bytes:
         holder, key = draw(st.sampled_from(places))
         match draw(st.sampled_from(["value", "value", "remove", "key", "deep"])):
             case "value":
-                holder[key] = draw(st.sampled_from(EXTREMES))
+                holder[key] = copy.deepcopy(draw(st.sampled_from(EXTREMES)))
             case "remove":
                 del holder[key]
             case "key" if isinstance(holder, dict):

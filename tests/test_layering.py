@@ -15,8 +15,8 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "fingerprint", "huggingface", "redaction", "remote", "sharding", "tracking"}
-BASE |= {"tokenizer_backends", "tokenizers", "untrusted"}
+BASE = {"backend", "distributed", "fingerprint", "huggingface", "redaction", "remote", "settings", "sharding"}
+BASE |= {"stopping", "tokenizer_backends", "tokenizers", "tracking", "untrusted"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -34,7 +34,9 @@ MAY_IMPORT = {
     "tokenizers": {"tokenizer_backends", "untrusted"},
     "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed", "redaction"},
-    "checkpoint": {"distributed", "fingerprint", "remote", "sharding"},
+    "stopping": {"distributed"},
+    "file_hashes": {"data"},
+    "checkpoint": {"distributed", "file_hashes", "fingerprint", "remote", "settings", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote", "untrusted"},
@@ -68,6 +70,7 @@ MAY_IMPORT = {
     "probe": BELOW_STAGES | {"context", "recipe"},
     "stages": BELOW_STAGES
     | {
+        "home",
         "context",
         "data_stages",
         "export",

@@ -11,15 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxdraft import untrusted
-from jaxdraft.errors import ConfigError
 from jaxdraft.models import ModelConfig, init_params
-from jaxdraft.models.folder import INDEX, weight_files
-from jaxdraft.models.hf import load_config, save_model
-from jaxdraft.redaction import redacted
-from jaxdraft.server import Server
+from jaxdraft.models.folder import INDEX
+from jaxdraft.models.hf import save_model
 from jaxdraft.tokenizer_training import train_sentencepiece
-from jaxdraft.tokenizers import load_tokenizer
 
 SHAPE = ModelConfig(vocab_size=400, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
