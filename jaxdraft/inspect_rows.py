@@ -30,6 +30,8 @@ _REMEDY = "delete it and run the recipe again"
 _SET_ASIDE = 5  # rows of the quarantine that are shown
 _OF_ANSWERS = {"prompts": dict, "answers": dict, "writers": dict, "finish": dict, "duplicates": int, "tokens": int}
 _OF_ANSWERS |= {"lengths": dict, "shards": list}
+_OF_LINE = {"id": str, "writer": str, "prompt": str, "temperature": object, "top_p": object}
+_OF_ANSWER = {"finish": str, "prompt_tokens": list, "tokens": list}
 _RECIPE = {"stages": list, "target": object, "tokenizer": object}
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
@@ -63,6 +65,8 @@ def inspect_stage(home: Home, name: str, count: int, seed: int) -> None:
             print_facts(_account(account))
             for shard in account["shards"]:
                 check_fields(shard, {"file": str, "answers": int, "sha256": str})
+            if not account["shards"] or not all(0 < shard["answers"] < 1 << 31 for shard in account["shards"]):
+                raise ValueError("no shards, or one without answers")
         _print_set_aside(folder / QUARANTINE)
         _print_answers(home, name, account["shards"], tokenizer, rng, count)
     else:
@@ -179,21 +183,26 @@ def _print_answers(
     chosen = np.sort(rng.choice(ends[-1], min(count, ends[-1]), replace=False))
     for i, numbers in itertools.groupby(chosen.tolist(), key=lambda n: int(np.searchsorted(ends, n, side="right"))):
         lines = _shard_lines(home, name, shards[i])
-        for number in numbers:
-            place = number - int(ends[i]) + shards[i]["answers"]
-            line = json.loads(lines[place])
-            facts = [line["writer"], decoding(line)]
-            if "error" in line:
-                facts.append(f"no answer: {line['error']}")
-            else:
-                facts.append(f"ended by {line['finish']}, {_number(len(line['tokens']), 'token')}")
-            print(f"\n{printable(line['id'])} ({shards[i]['file']}, line {place + 1})")
-            print(f"  {printable(', '.join(facts))}")
-            if "error" in line:
-                _print_spans([(line["prompt"], False)])
-            else:
-                prompt, answer = line["prompt_tokens"], line["tokens"]
-                _print_text(tokenizer, prompt + answer, [False] * len(prompt) + [True] * len(answer))
+        with damaged(home.folder / name / shards[i]["file"], f": {_REMEDY}"):
+            for number in numbers:
+                place = number - int(ends[i]) + shards[i]["answers"]
+                _print_answer(json.loads(lines[place]), f"{shards[i]['file']}, line {place + 1}", tokenizer)
+
+
+def _print_answer(line: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> None:
+    check_fields(line, _OF_LINE | ({"error": str} if "error" in line else _OF_ANSWER))
+    facts = [line["writer"], decoding(line)]
+    if "error" in line:
+        facts.append(f"no answer: {line['error']}")
+    else:
+        facts.append(f"ended by {line['finish']}, {_number(len(line['tokens']), 'token')}")
+    print(f"\n{printable(line['id'])} ({where})")
+    print(f"  {printable(', '.join(facts))}")
+    if "error" in line:
+        _print_spans([(line["prompt"], False)])
+    else:
+        prompt, answer = line["prompt_tokens"], line["tokens"]
+        _print_text(tokenizer, prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 def _shard_lines(home: Home, name: str, shard: Mapping[str, Any]) -> list[str]:

@@ -150,7 +150,7 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, A
         }
         tokens |= {int(i): dict(token) for i, token in config.get("added_tokens_decoder", {}).items()}
         wrong = [i for i, token in tokens.items() if not 0 <= i < MAX_TOKENS or not isinstance(token["content"], str)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         where = "added_tokens.json or added_tokens_decoder in tokenizer_config.json"
         raise ConfigError(f"{folder}: {where} is not understood ({error!r})") from error
     if wrong:

@@ -27,6 +27,7 @@ DOCUMENT_BYTES = 1 << 30
 MAX_TOKENS = 1 << 24
 """Ids of a tokenizer, the unused ones between them included. The largest vocabulary known to us has 2^18."""
 
+_LONGEST_NAME = 255  # bytes, of every file system in use
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, no character; separators of lines
 
 
@@ -54,7 +55,12 @@ def check_file(path: Path, limit: int | None = None) -> None:
 
 def is_plain_name(name: Any) -> bool:
     """Whether a name that a file gives is one of a file beside it, and no path."""
-    return isinstance(name, str) and Path(name).name == name and "\0" not in name
+    if not isinstance(name, str) or name == ".." or "\0" in name or Path(name).name != name:
+        return False
+    try:
+        return len(name.encode()) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def read_json(
