@@ -23,7 +23,7 @@ from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hf_config import eos_json
 from jaxdraft.models.presets import preset
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
-from jaxdraft.untrusted import read_json
+from jaxdraft.untrusted import damaged, read_json
 
 CARD = "README.md"
 _MADE = "Made by jaxdraft for speculative decoding"
@@ -71,15 +71,16 @@ def export_stage(
     recipe = read_json(run / "recipe.json", fields={"title": str, "target": object})
     target = recipe["target"]
     folder = run / stage / MODEL
-    provenance = {
-        "recipe": recipe["title"],
-        "target": target if isinstance(target, str) else Path(target["path"]).name,
-        "stage": stage,
-        "loss": made["settings"]["loss"]["type"],
-        "seed": made["seed"],
-        "settings and data (sha256)": made["fingerprint"],
-        "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
-    }
+    with damaged(record):
+        provenance = {
+            "recipe": recipe["title"],
+            "target": target if isinstance(target, str) else Path(target["path"]).name,
+            "stage": stage,
+            "loss": made["settings"]["loss"]["type"],
+            "seed": made["seed"],
+            "settings and data (sha256)": made["fingerprint"],
+            "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
+        }
     config, params = load_model(folder)
     return export_model(
         out,

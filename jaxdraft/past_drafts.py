@@ -18,7 +18,7 @@ from jaxdraft.models import ModelConfig
 from jaxdraft.models.hf import load_config
 from jaxdraft.models.hub import model_folder
 from jaxdraft.train.state import OptimizerSettings, abstract_state, state_shardings
-from jaxdraft.untrusted import read_json
+from jaxdraft.untrusted import damaged, read_json
 
 
 class PastDrafts:
@@ -76,9 +76,10 @@ def drafts_at(place: str, checkpoints: Collection[int] | None) -> Sequence[Draft
         raise ConfigError(f"{place} is not finished: run its recipe to the end of this stage")
     if checkpoints is None:
         return [Draft(own, folder / MODEL, functools.partial(Model.load, folder / MODEL))]
-    settings = record["settings"]
-    optimizer = OptimizerSettings(**{field.name: settings[field.name] for field in fields(OptimizerSettings)})
-    past = PastDrafts(own, folder / CHECKPOINTS, optimizer, settings["keep_every"], load_config(folder / MODEL))
+    with damaged(folder / RECORD):
+        settings = record["settings"]
+        optimizer = OptimizerSettings(**{field.name: settings[field.name] for field in fields(OptimizerSettings)})
+        past = PastDrafts(own, folder / CHECKPOINTS, optimizer, settings["keep_every"], load_config(folder / MODEL))
     if not past.steps:
         raise ConfigError(f"{place} has no checkpoints left: without --checkpoints, its last draft is measured")
     if missing := set(checkpoints).difference(past.steps):

@@ -30,6 +30,7 @@ from jaxdraft.settings import changes, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.stopping import align, owned, poll
 from jaxdraft.tracking import say
+from jaxdraft.untrusted import read_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
@@ -287,10 +288,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
     path = folder / "stage.json"
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete the folder {folder} to run the stage again") from error
+    fields = {"status": str, "fingerprint": str, "settings": dict, "inputs": dict}
+    return read_json(path, fields=fields, remedy=f"delete the folder {folder} to run the stage again")
 
 
 def _recipe_json(recipe: Recipe) -> dict[str, Any]:

@@ -362,7 +362,7 @@ class _Client:
             self._stop(response)
         try:
             return read(response.json())
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{response.url}: not what an OpenAI-compatible server answers ({error!r}): {self._said(response)}"
             ) from error
@@ -383,7 +383,7 @@ class _Client:
         """A server's words about an error, without the key."""
         try:
             words = response.json()
-        except ValueError:
+        except (RecursionError, ValueError):
             words = response.text
         for name in ("error", "message", "detail"):
             if isinstance(words, dict) and name in words:
