@@ -12,6 +12,8 @@ from jaxdraft.arguments import checkpoints, integers, numbers, positive, seed, s
 from jaxdraft.cli_runs import add_runs
 from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
 from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.redaction import RedactingFormatter, redacted
+from jaxdraft.untrusted import printable
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
 _MODEL = "Hugging Face folder, or owner/name[@revision] on the hub,"
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 error, 2 configuration, 75 run it again."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     _keep_compiled_programs()
     try:
@@ -367,7 +371,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"jaxdraft: {message}", file=sys.stderr)
+    print(printable(redacted(f"jaxdraft: {message}"), keep="\n\t"), file=sys.stderr)
     return code
 
 

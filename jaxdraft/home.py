@@ -9,7 +9,6 @@ used. Checkpoints never lie here; orbax writes and reads them there.
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from jaxdraft.errors import ConfigError
 from jaxdraft.lease import is_held, lease
 from jaxdraft.remote import Bucket, Stamp, cache_folder, is_url
+from jaxdraft.untrusted import read_json
 
 CHECKPOINTS, RECORD, REPORT, SUPERSEDED = "checkpoints", "stage.json", "report", "superseded"
 LOCK = ".lock"  # held, with flock, by the run that works in the folder
@@ -150,7 +150,7 @@ class BucketHome(Home):
         if not patterns:
             self._forget(stage, there)
         copied, record = self._update(there), self.folder / stage / RECORD
-        outputs = json.loads(record.read_text()).get("outputs", {}) if record.exists() else {}
+        outputs = read_json(record).get("outputs", {}) if record.exists() else {}
         for file in copied:
             name = str(file.relative_to(self.folder / stage))
             with file.open("rb") as content:

@@ -21,10 +21,12 @@ from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.provenance import environment, output_hash, stage_fingerprint
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
+from jaxdraft.redaction import redacted
 from jaxdraft.settings import changes, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.stopping import align, owned, poll
 from jaxdraft.tracking import say
+from jaxdraft.untrusted import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,10 +283,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
     path = folder / "stage.json"
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete the folder {folder} to run the stage again") from error
+    fields = {"status": str, "fingerprint": str, "settings": dict, "inputs": dict}
+    return read_json(path, fields=fields, remedy=f"delete the folder {folder} to run the stage again")
 
 
 def _recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -332,11 +332,11 @@ def _check_losses(context: Context) -> None:
 
 
 def _holds(path: Path, value: Any) -> bool:
-    return path.exists() and path.read_text() == json.dumps(value, indent=2) + "\n"
+    return path.exists() and path.read_text() == json.dumps(redacted(value), indent=2) + "\n"
 
 
 def _write_json(home: Home, name: str, value: Any) -> None:
-    write_json(home.folder / name, value)
+    write_json(home.folder / name, redacted(value))
     home.keep(home.folder / name)
 
 
