@@ -252,6 +252,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.recipe_file import load_recipe
     from jaxdraft.remote import is_url
     from jaxdraft.run import plan_all, run
+    from jaxdraft.stopping import owned
     from jaxdraft.tracking import say
 
     recipe = load_recipe(options.recipe, options.set)
@@ -264,8 +265,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             if options.dry_run and plan.state != "done":
                 print(f"    {plan.stage}")
         return
-    initialize()
-    report = run(recipe, options.workdir, options.only, command, options.profile)
+    with owned(leaves=True):
+        initialize()
+        report = run(recipe, options.workdir, options.only, command, options.profile)
     if report is not None:
         print(report)
         if is_url(options.workdir):
@@ -280,6 +282,7 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.evaluate.tasks import asked_for
     from jaxdraft.models.hub import model_folder
     from jaxdraft.past_drafts import drafts_at
+    from jaxdraft.stopping import owned
 
     decoding = {name: getattr(options, name) for name in ("top_p", "top_k", "max_new_tokens", "limit")}
     tasks = asked_for(options.task, options.prompts, {key: x for key, x in decoding.items() if x is not None})
@@ -290,15 +293,16 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
         options.seed,
         predict_up_to=options.predict_up_to,
     )
-    evaluate(
-        target=model_folder(options.target),
-        drafts=[draft for place in options.draft for draft in drafts_at(place, options.checkpoints)],
-        tasks=tasks,
-        temperatures=options.temperature,
-        settings=settings,
-        out=options.out,
-        perplexity=None if options.perplexity is None else source_named(options.perplexity),
-    )
+    with owned(leaves=True):
+        evaluate(
+            target=model_folder(options.target),
+            drafts=[draft for place in options.draft for draft in drafts_at(place, options.checkpoints)],
+            tasks=tasks,
+            temperatures=options.temperature,
+            settings=settings,
+            out=options.out,
+            perplexity=None if options.perplexity is None else source_named(options.perplexity),
+        )
 
 
 def _export(options: argparse.Namespace, command: list[str]) -> None:

@@ -74,12 +74,16 @@ class Context:
         return load_tokenizer(self.tokenizer_folder)
 
     @cached_property
+    def target_hashes(self) -> dict[str, str]:
+        """sha256 of each file that makes the target's folder a model."""
+        described = [self.target_folder / name for name in ("config.json", "generation_config.json")]
+        files = [*filter(Path.exists, described), *weight_files(self.target_folder)]
+        return {file.name: sha256(file) for file in files}
+
+    @cached_property
     def target_hash(self) -> str:
-        """Hash of the files that make the target's folder a model."""
-        names = [
-            path for name in ("config.json", "generation_config.json") if (path := self.target_folder / name).exists()
-        ]
-        return hashlib.sha256("".join(map(sha256, [*names, *weight_files(self.target_folder)])).encode()).hexdigest()
+        """Of all of them."""
+        return hashlib.sha256("".join(self.target_hashes.values()).encode()).hexdigest()
 
     @cached_property
     def mesh(self) -> Mesh:

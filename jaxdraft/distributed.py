@@ -61,6 +61,11 @@ def initialize() -> None:
         multihost_utils.sync_global_devices("initialize")
 
 
+def is_alone() -> bool:
+    """Whether this process is the only one; asks no device."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
 def is_lead() -> bool:
     """Whether this process is the one that decides, logs and writes what is not cut over processes."""
     return jax.process_index() == 0
@@ -114,18 +119,21 @@ def together(work: Callable[[], T]) -> T:
     """What ``work`` gives on each process, which reads files there; where it fails on one, all of them stop.
 
     Raises:
-      ConfigError, OSError: as ``work`` did here; OSError where it failed on another process.
+      ConfigError, OSError, Interrupted: as ``work`` did here; of another process OSError or Interrupted.
     """
+    result: Any = None
+    error: BaseException | None = None
     try:
-        result, error = work(), None
-    except (ConfigError, OSError) as caught:
-        result, error = None, caught
-    found = on_all("" if error is None else str(error) or type(error).__name__)
+        result = work()
+    except (ConfigError, OSError, Interrupted) as caught:
+        error = caught
+    found = on_all("" if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     if found:
-        raise OSError(found[0])
-    return result  # type: ignore[return-value]
+        kind, _, message = found[0].partition(": ")
+        raise Interrupted(message) if kind == "Interrupted" else OSError(message)
+    return result
 
 
 def fetch(tree: Any) -> Any:

@@ -1,7 +1,9 @@
 """The exceptions that the command line turns into exit codes, and the words for a name that does not exist."""
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -13,6 +15,17 @@ class Interrupted(BaseException):
 
     Like KeyboardInterrupt no Exception, so that no handler of errors takes it for one.
     """
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError that names no file, as that of a full disk does, the name of the one that is written here."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What tells one set of arrays from another, computed where they lie."""
+"""What tells one set of arrays from another, and whether it holds numbers, computed where they lie."""
 
 from typing import Any
 
@@ -12,6 +12,16 @@ from jaxdraft.distributed import fetch
 @jax.jit
 def _leaf_sums(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.sum(_words(leaf), dtype=jnp.uint32) for leaf in leaves])
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether no number in any leaf is infinite or none."""
+    return bool(fetch(_finite(jax.tree.leaves(tree))))
 
 
 def fingerprint(tree: Any) -> np.ndarray:

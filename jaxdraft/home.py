@@ -21,6 +21,7 @@ from jaxdraft.remote import Bucket, Stamp, cache_folder, is_url
 
 CHECKPOINTS, RECORD, REPORT, SUPERSEDED = "checkpoints", "stage.json", "report", "superseded"
 RUN_FILES = ("recipe.json", "run.json")
+BEGUN = (f"{CHECKPOINTS}/[0-9]*", "responses-*.json")
 
 
 class Home:
@@ -62,6 +63,10 @@ class Home:
     def checkpoints(self, stage: str) -> Path | str:
         """The folder of a stage's checkpoints."""
         return self.folder / stage / CHECKPOINTS
+
+    def has_begun(self, stage: str) -> bool:
+        """Whether an unfinished stage has something to go on from: a checkpoint, or a shard of answers."""
+        return any(any((self.folder / stage).glob(pattern)) for pattern in BEGUN)
 
     def set_aside(self, stage: str) -> str:
         """Moves what a stage had made to ``superseded/`` and says where it is now."""
@@ -157,6 +162,10 @@ class BucketHome(Home):
 
     def checkpoints(self, stage: str) -> Path | str:
         return f"{self._bucket.url}/{stage}/{CHECKPOINTS}"
+
+    def has_begun(self, stage: str) -> bool:
+        names = [name.removeprefix(f"{stage}/") for name in self._bucket.files(stage)]
+        return any(fnmatch(name, pattern) for name in names for pattern in BEGUN)
 
     def set_aside(self, stage: str) -> str:
         names = [name.split("/")[1] for name in self._bucket.files(SUPERSEDED)]

@@ -8,9 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,8 +25,9 @@ from jaxdraft.home import Home, open_home
 from jaxdraft.losses import check_loss
 from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
-from jaxdraft.settings import to_json
+from jaxdraft.settings import changes, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
+from jaxdraft.stopping import align, owned
 from jaxdraft.tracking import say
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
@@ -97,7 +96,7 @@ def run(
         recipe.stage(name)
     home = open_home(workdir, jax.process_index())
     context = Context(recipe, home, profile)
-    with contextlib.ExitStack() as held, _interruptible():
+    with contextlib.ExitStack() as held, owned():
         together(lambda: context.target_shape)
         _ = context.mesh, context.decode_mesh  # what does not fit is told before anything is written
         on_lead(lambda: _begin(context, held))
@@ -173,8 +172,8 @@ def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
     if record is None:
         return Plan(stage, "missing", "to do", inputs, fingerprint)
     if record["fingerprint"] != fingerprint:
-        changes = _changes(record, settings, inputs, shape, context.recipe.seed)
-        return Plan(stage, "changed", f"runs again, {changes}", inputs, fingerprint)
+        new = {"settings": settings, "shape": shape, "seed": context.recipe.seed, "inputs": inputs}
+        return Plan(stage, "changed", f"runs again, {'; '.join(changes(record, new))}", inputs, fingerprint)
     if record["status"] != "done":
         return Plan(stage, "unfinished", "goes on where it stopped", inputs, fingerprint)
     if lost := context.home.lost(stage.name, list(record["outputs"])):
@@ -185,6 +184,7 @@ def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
 def _execute(plan: Plan, context: Context) -> str:
     """Runs a stage, writes its record and returns the hash of its output."""
     stage, began = plan.stage, time.perf_counter()
+    align()
     record = on_lead(lambda: _opened(plan, context))
     _fetch_inputs(stage, context)
     execute = lambda: EXECUTE[type(stage)](stage, context)
@@ -206,12 +206,27 @@ def _fetch_inputs(stage: Stage, context: Context) -> None:
     takes_part = is_lead() or isinstance(stage, TOGETHER)
     names = context.recipe.needs(stage) if takes_part else ()
     together(lambda: list(map(context.home.fetch, names)))
+    on_lead(lambda: _check_outputs(list(map(context.folder, names))))
+
+
+def _check_outputs(folders: Sequence[Path]) -> None:
+    """A file that rotted since its stage was done is named before anything is made of it."""
+    outputs = [(folder / name, h) for folder in folders for name, h in (_record(folder) or {})["outputs"].items()]
+    for path, expected in outputs:
+        if sha256(path) != expected:
+            raise ConfigError(f"{path} is damaged: it is not what its stage wrote. Delete it, and run again")
 
 
 def _opened(plan: Plan, context: Context) -> dict[str, Any]:
     """The record of a stage that begins or goes on; what is out of date is set aside first."""
     stage, folder = plan.stage, context.folder(plan.stage.name)
-    if plan.state == "changed" and not (stage.keeps_parts and (_record(folder) or {}).get("status") == "running"):
+    is_running = (_record(folder) or {}).get("status") == "running"
+    if plan.state == "changed" and not (stage.keeps_parts and is_running):
+        if is_running and context.home.has_begun(stage.name):
+            raise ConfigError(
+                f"{stage.name} was stopped half way, and what it has made would be lost: it {plan.reason}. Set that "
+                f"back to go on, or delete {context.home}/{stage.name} to begin anew"
+            )
         say(f"    what it had made is now in {context.home.set_aside(stage.name)}")
     context.home.fetch(stage.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,24 +279,6 @@ def _report(context: Context) -> str | None:
 def _resolved_shape(stage: Stage, context: Context) -> Any:
     """The shape that a Train stage trains: the recipe's draft is not among the stage's own settings."""
     return to_json(context.trained_config(stage)) if isinstance(stage, Train) else None
-
-
-def _changes(record: dict[str, Any], settings: Any, inputs: dict[str, str], shape: Any, seed: int) -> str:
-    old = {**record["settings"], "shape": record["shape"], "seed": record["seed"]}
-    new = {**settings, "shape": shape, "seed": seed}
-    found = [
-        f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}"
-        for key in dict.fromkeys([*new, *old])
-        if old.get(key) != new.get(key)
-    ]
-    found += [f"input {key} has changed" for key in inputs if record["inputs"].get(key) != inputs[key]]
-    found += [f"input {key} is gone" for key in record["inputs"] if key not in inputs]
-    return "; ".join(found)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -364,27 +361,3 @@ def _locked(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise Interrupted(f"another jaxdraft run is at work in {workdir}: wait for it, or stop it") from None
         yield
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and Ctrl-C both end the run with "run the same command again to go on"."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted("stopped; the same command goes on from here")
-
-    def unraisable(lost: Any) -> None:
-        if lost.exc_type is Interrupted:  # raised in a callback of XLA's, which ignores it: again, outside of it
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-        else:
-            hook(lost)
-
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
-    before = {number: signal.signal(number, stop) for number in numbers}
-    hook, sys.unraisablehook = sys.unraisablehook, unraisable
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for number, handler in before.items():
-            signal.signal(number, handler)

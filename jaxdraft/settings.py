@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import inspect
+import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -32,3 +34,22 @@ def _type_name(kind: type) -> str:
         return kind.__name__
     source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
     return f"{kind.__module__}:{kind.__qualname__} (source {source[:16]})"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In what two stages' ``settings``, ``shape``, ``seed`` and ``inputs`` differ, a few words for each."""
+    flat = lambda record: {**record.get("settings", {}), "shape": record.get("shape"), "seed": record.get("seed")}
+    before, after = flat(old), flat(new)
+    found = [
+        f"{key} was {_short(before.get(key))} and is {_short(after.get(key))}"
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key) != after.get(key)
+    ]
+    were, are = old.get("inputs", {}), new.get("inputs", {})
+    found += [f"input {key} has changed" for key in are if were.get(key) != are[key]]
+    return found + [f"input {key} is gone" for key in were if key not in are]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,8 +1,10 @@
 """What each kind of stage does. A stage reads the folders of earlier ones and writes its own."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,13 +19,14 @@ from jaxdraft.data_stages import (
     run_score,
     run_train_tokenizer,
 )
-from jaxdraft.distributed import fetch, is_lead, together
+from jaxdraft.distributed import fetch, is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.perplexity import read_documents
 from jaxdraft.evaluate.sweep import Settings, Sweep, answers, at_temperatures, write_results
 from jaxdraft.export import export_stage
 from jaxdraft.generation import run_generate
+from jaxdraft.home import RECORD
 from jaxdraft.models import Decoder, ModelConfig, compute_dtype, init_params
 from jaxdraft.models.decoder import Params, model_shardings
 from jaxdraft.models.hf import load_config, load_model, save_model
@@ -97,6 +100,7 @@ def run_train(stage: Train, context: Context) -> Outputs:
         profile=context.profile,
         checkpoints_folder=context.home.checkpoints(stage.name),
         before_save=context.home.keep,
+        identity=on_lead(lambda: _identity(folder)),
     )
     params = fetch(params)
     if not is_lead():
@@ -105,16 +109,24 @@ def run_train(stage: Train, context: Context) -> Outputs:
     for file in tokenizer_files(context.tokenizer_folder):
         shutil.copyfile(file, context.model_folder(stage.name) / file.name)
     steps = read_jsonl(folder / "metrics.jsonl")
+    skipped = sum("skipped" in step for step in steps)
     logs = [folder / "metrics.jsonl", *([folder / "block_efficiency.jsonl"] if measure else [])]
     return [*logs, *sorted(context.model_folder(stage.name).iterdir())], {
         "parameters": config.num_parameters,
         "steps": stage.steps,
         "tokens": int(sum(step["tokens"] for step in steps)),
         "loss": steps[-1]["loss"],
+        **({"skipped updates": skipped} if skipped else {}),
         **efficiency_summary(read_jsonl(folder / "block_efficiency.jsonl") if measure else []),
         "shape": to_json(context.trained_config(stage)),
         **({} if config.head_ids is None else {"draft vocabulary": len(config.head_ids)}),
     }
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """What a checkpoint of a stage depends on, as its record says."""
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    return {key: record[key] for key in ("settings", "shape", "seed", "inputs")}
 
 
 def _reference(name: str, config: ModelConfig, context: Context) -> tuple[Decoder, Params]:
@@ -230,7 +242,7 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run directory: corpora, prompts, a target's folder."""
     found = dict(_fingerprints(stage, stage.name))
     if isinstance(context.recipe.target, HFModel) and context.recipe.uses_target(stage):
-        found["target"] = context.target_hash
+        found |= {f"target/{name}": digest for name, digest in context.target_hashes.items()}
     if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
         found["tokenizer"] = context.tokenizer.fingerprint()
         if isinstance(stage, RENDER) and (template := context.tokenizer.template_fingerprint()):

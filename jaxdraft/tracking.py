@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from jaxdraft.distributed import is_lead, on_lead
-from jaxdraft.errors import ConfigError
+from jaxdraft.errors import ConfigError, naming
 
 
 class StepLog:
@@ -39,19 +39,22 @@ class StepLog:
                 f"{path.parent} to train it anew"
             )
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
+        with naming(path):
+            temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends ``{"step": step, **values}``."""
+    def write(self, step: int, *lines: Mapping[str, Any]) -> None:
+        """Appends ``{"step": step, **values}`` for each line."""
         if self._file:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            with naming(self.path):
+                self._file.write("".join(json.dumps({"step": step, **values}) + "\n" for values in lines))
+                self._file.flush()
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with naming(self.path):
+                self._file.close()
 
 
 def say(text: str) -> None:
@@ -94,7 +97,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes a JSONL file that exists under its name only when it is complete."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())

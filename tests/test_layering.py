@@ -15,7 +15,18 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "fingerprint", "huggingface", "remote", "sharding", "tokenizers", "tracking"}
+BASE = {
+    "backend",
+    "distributed",
+    "fingerprint",
+    "huggingface",
+    "remote",
+    "settings",
+    "sharding",
+    "stopping",
+    "tokenizers",
+    "tracking",
+}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -30,7 +41,9 @@ MAY_IMPORT = {
     "tokenizers": set(),
     "tokenizer_training": {"tokenizers"},
     "tracking": {"distributed"},
-    "checkpoint": {"distributed", "fingerprint", "remote", "sharding"},
+    "stopping": {"distributed"},
+    "file_hashes": {"data"},
+    "checkpoint": {"distributed", "file_hashes", "fingerprint", "remote", "settings", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote"},
@@ -64,6 +77,7 @@ MAY_IMPORT = {
     "probe": BELOW_STAGES | {"context", "recipe"},
     "stages": BELOW_STAGES
     | {
+        "home",
         "context",
         "data_stages",
         "export",

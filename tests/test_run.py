@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.prompts import PromptFile
-from jaxdraft.data.records import PackedRows
+from jaxdraft.data.records import PackedRows, sha256
 from jaxdraft.decode import acceptance_ratios, expected_blocks, generate
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.evaluate.measure import Model
@@ -38,9 +38,10 @@ from jaxdraft.plan.shapes import PlannedContext
 from jaxdraft.plan.stages import plan_stages, row_bytes
 from jaxdraft.recipe import Generate, HFModel, Recipe, TopK
 from jaxdraft.recipe_file import load_recipe
-from jaxdraft.run import _interruptible, plan_all, run
+from jaxdraft.run import plan_all, run
 from jaxdraft.settings import to_json
 from jaxdraft.stages import CALIBRATION_ROWS
+from jaxdraft.stopping import owned
 from jaxdraft.tokenizers import load_tokenizer
 from jaxdraft.tracking import read_jsonl, write_jsonl
 
@@ -358,10 +359,12 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(copy, ca
     shutil.rmtree(copy / "pretrain")
     arguments = ["run", TINY, "--workdir", str(copy), "--set", "pretrain.learning_rate=1e30", "--only", "pretrain"]
     assert main(arguments) == 1
-    assert "pretrain: loss" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3 steps in a row were not finite and were skipped: step 1, rows corpus " in said
     assert not (copy / "pretrain" / "model").exists()
-    for line in (copy / "pretrain" / "metrics.jsonl").read_text().splitlines():
-        assert np.isfinite(json.loads(line)["loss"])
+    lines = read_jsonl(copy / "pretrain" / "metrics.jsonl")
+    assert [(line["step"], line["skipped"]) for line in lines] == [(1, 1), (2, 1), (3, 1)]
+    assert len({line["loss"] for line in lines}) == 3, "other rows, and still the parameters it began with"
 
 
 def test_a_changed_title_reaches_the_report(copy):
@@ -404,8 +407,13 @@ def test_only_runs_what_it_names(copy, tmp_path, capsys):
 
 
 def test_rows_made_with_another_tokenizer_are_refused(copy):
-    record = json.loads((copy / "corpus" / "manifest.json").read_text())
-    (copy / "corpus" / "manifest.json").write_text(json.dumps({**record, "tokenizer": "another"}))
+    manifest, record = (copy / "corpus" / name for name in ("manifest.json", "stage.json"))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokenizer": "another"}))
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged: it is not what its stage wrote"):
+        run(load_recipe(TINY, ["pretrain.steps=7"]), copy, only=["pretrain"])
+    done = json.loads(record.read_text())
+    done["outputs"]["manifest.json"] = sha256(manifest)
+    record.write_text(json.dumps(done))
     with pytest.raises(ConfigError, match="another tokenizer"):
         run(load_recipe(TINY, ["pretrain.steps=7"]), copy, only=["pretrain"])
 
@@ -600,7 +608,7 @@ def test_a_stop_that_a_callback_swallows_comes_again():
         gc.collect()
         time.sleep(5)
 
-    with pytest.raises(Interrupted), _interruptible():
+    with pytest.raises(Interrupted), owned():
         work()
 
 
@@ -659,14 +667,14 @@ def test_plan_foretells_what_lies_there(tiny_run):
         assert row * manifest["rows"] < file.stat().st_size < (row + 100) * manifest["rows"] + 2**17
     for name, count in {"target": 2, "pretrain": 2}.items():
         planned = plans[name].storage
-        kept = sorted((tiny_run / name / "checkpoints").glob("[0-9]*"))
+        kept = sorted(path for path in (tiny_run / name / "checkpoints").iterdir() if path.is_dir())
         assert len(kept) == count
         files = [path for path in (tiny_run / name / "checkpoints").rglob("d/*") if path.is_file()]
         stored = sum(path.stat().st_size for path in files)
         assert 0.9 * planned["2 checkpoints"] < stored < planned["2 checkpoints"] + count * 2**15
         weights = (tiny_run / name / "model" / "model.safetensors").stat().st_size
         assert 0 < weights - planned["model"] < 4096
-    assert len(list((tiny_run / "distill" / "checkpoints").glob("[0-9]*"))) == 3
+    assert len(list((tiny_run / "distill" / "checkpoints").glob("*.json"))) == 3
     assert "3 checkpoints" in plans["distill"].storage
     exported = (tiny_run / "export" / "model.safetensors").stat().st_size
     assert 0 < exported - plans["export"].storage["model"] < 4096

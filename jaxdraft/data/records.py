@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from jaxdraft.errors import ConfigError
+from jaxdraft.errors import ConfigError, naming
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -244,13 +244,14 @@ def write_manifest(
 def write_json(path: Path, value: Any) -> None:
     """A JSON file that appears under its name only when it is complete and durable."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    with naming(path):
+        temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
     commit(temporary, path)
 
 
 def commit(temporary: Path, path: Path) -> None:
     """Makes `temporary` durable, then visible under its name."""
-    with temporary.open("rb") as file:
+    with naming(path), temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)

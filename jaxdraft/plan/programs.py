@@ -126,7 +126,7 @@ def _updates(context: PlannedContext, stage: Train, plan: StagePlan, mesh: Mesh)
             shapes = {"target_ids": (kept.k, jnp.int32), "target_log_probs": (kept.k + 2, jnp.float16)}
             for name, (width, dtype) in shapes.items():
                 batch[name] = jax.ShapeDtypeStruct((rows, length, width), dtype, sharding=on_rows)
-        return step_fn.lower(state, frozen_params, batch)  # type: ignore[attr-defined]
+        return step_fn.lower(state, frozen_params, batch)
 
     micro = f"in {stage.accumulate} micro-batches " if stage.accumulate > 1 else ""
     remedies = [

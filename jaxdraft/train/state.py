@@ -88,7 +88,7 @@ class TrainState(struct.PyTreeNode):
     """Everything that a step changes.
 
     Attributes:
-      step: finished updates, int32 scalar.
+      step: batches seen, int32 scalar; so many updates were made but for those that were skipped.
       params: float32 parameters with stacked layers.
       opt_state: of the optimizer.
     """
@@ -96,6 +96,11 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+
+
+def updates_made(state: TrainState) -> jax.Array:
+    """How many updates the optimizer has made: where the learning rate stands."""
+    return optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
 
 
 def state_shardings(config: ModelConfig, optimizer: OptimizerSettings, mesh: Mesh) -> TrainState:

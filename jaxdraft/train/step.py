@@ -15,7 +15,7 @@ from jaxdraft.losses import Loss, Positions, Shared, batch_statistics, chunked, 
 from jaxdraft.models import Decoder, head_weight
 from jaxdraft.models.decoder import Params, following
 from jaxdraft.sharding import BATCH_AXES, batch_sharding, position_axis, replicated
-from jaxdraft.train.state import OptimizerSettings, TrainState
+from jaxdraft.train.state import OptimizerSettings, TrainState, updates_made
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -34,7 +34,7 @@ def build_step(
     frozen_shardings: Mapping[str, Any],
     accumulate: int = 1,
     seed: int = 0,
-) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted step ``(state, frozen_params, batch) -> (state, metrics)``; the state is donated.
 
     Args:
@@ -54,7 +54,8 @@ def build_step(
     ``target_ids`` ``[B, T, K]`` and ``target_log_probs`` ``[B, T, K + 2]``.
 
     Metrics are float32 scalars: ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (trained-on
-    labels of this batch) and whatever the loss reports per label, such as ``acceptance``.
+    labels of this batch) and whatever the loss reports per label, such as ``acceptance``. ``skipped`` is 1 where one of
+    them, or a parameter that the update would make, is not finite: parameters and optimizer then stay as they were.
     """
     tx, schedule = optimizer.build(), optimizer.schedule()
 
@@ -98,10 +99,15 @@ def build_step(
             "loss": total / weight,
             **{name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()},
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(updates_made(state)), jnp.float32),
             "tokens": tokens,
         }
-        params = optax.apply_updates(state.params, updates)
+        new = optax.apply_updates(state.params, updates), opt_state
+        is_good = jnp.isfinite(jnp.stack([*metrics.values(), optax.tree.norm(new[0])])).all()
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_good, new, old), new, (state.params, state.opt_state)
+        )
+        metrics["skipped"] = 1.0 - is_good
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(

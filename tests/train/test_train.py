@@ -33,6 +33,9 @@ class RandomRows:
     def __getitem__(self, step):
         return self.part(step, slice(None))
 
+    def rows(self, step):
+        return [("random", ROWS * step + i) for i in range(ROWS)]
+
     def part(self, step, part):
         assert part in (slice(None), slice(0, ROWS))
         rng = np.random.default_rng(step)
