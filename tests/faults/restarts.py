@@ -28,12 +28,14 @@ TOLERANCE = 1e-5
 @fault("F12", "a restart in the middle of training, 1 to 8 devices, 8 to 1, 8 to 4×2, 2 processes to 1", slow=True)
 def moved(bench: Bench) -> Outcome:
     before = ("tokenizer", "corpus", "target")
-    expected = _copy(longer(bench), bench.new("moved"), before)
+    # At the recipe's own rate, rounding alone has grown a thousandfold after 24 steps, in runs that nothing happened to.
+    arguments = (*LONGER, "--set", "target.learning_rate=1e-3", "--only", *before)
+    expected = _copy(longer(bench), bench.new("moved"), before[:2])
+    layouts.run(RECIPE, expected, 1, 1, *arguments)
     count, held, notes, worst = max(len(MOVES), bench.effort), 0, [], {"loss": 0.0, "parameters": 0.0}
     for i in range(count):
         first, then = MOVES[i % len(MOVES)]
         workdir, name = _copy(expected, bench.new("moved"), before[:2]), f"{first[:2]} to {then}"
-        arguments = (*LONGER, "--only", *before)
         _killed(workdir, "target", bench.random.randrange(2, STEPS - 4), first, arguments)
         saved = newest_checkpoint(workdir / "target")
         try:
@@ -69,7 +71,9 @@ def batched(bench: Bench) -> Outcome:
     workdir = _copy(bench.undisturbed, bench.new("batched"), ("tokenizer", "corpus", "target"))
     arguments = ("--set", "responses.batch_size=7", "--only", "responses")
     code, said = called("run", str(RECIPE), "--workdir", str(workdir), *arguments)
-    return Outcome(1, int(code == 0 and _made(workdir) == _made(bench.undisturbed)), said[-300:] if code else "")
+    answers = lambda made: {name: digest for name, digest in _made(made).items() if name.endswith(".jsonl")}
+    held = code == 0 and answers(workdir) == answers(bench.undisturbed)
+    return Outcome(1, int(held), said[-300:] if code else "")
 
 
 def _copy(workdir: Path, to: Path, stages: Sequence[str]) -> Path:
