@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 @fault("F12", "a restart in the middle of training, 1 to 8 devices, 8 to 1, 8 to 4×2, 2 processes to 1", slow=True)
 def moved(bench: Bench) -> Outcome:
     before = ("tokenizer", "corpus", "target")
-    # At the recipe's own rate, rounding alone has grown a thousandfold after 24 steps, in runs that nothing happened to.
+    # At the recipe's own rate rounding grows a thousandfold in 24 steps, also where nothing happens.
     arguments = (*LONGER, "--set", "target.learning_rate=1e-3", "--only", *before)
     expected = _copy(longer(bench), bench.new("moved"), before[:2])
     layouts.run(RECIPE, expected, 1, 1, *arguments)
