@@ -27,7 +27,7 @@ from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import changes, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
-from jaxdraft.stopping import align, owned
+from jaxdraft.stopping import align, owned, poll
 from jaxdraft.tracking import say
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
@@ -103,6 +103,7 @@ def run(
         ran, made = False, dict[str, str]()
         for number, stage in enumerate(recipe.stages, start=1):
             plan = _shared_plan(stage, context, made)
+            poll()
             banner = f"[{number}/{len(recipe.stages)}] {stage.name} ({type(stage).__name__})"
             if plan.state == "done":
                 made[stage.name] = plan.output
