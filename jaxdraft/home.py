@@ -207,7 +207,11 @@ class BucketHome(Home):
 
 def open_home(place: Path | str, process: int | None = 0) -> Home:
     """The home of a run directory given as a path, or as the URL of a folder in a bucket."""
-    return BucketHome(str(place), process) if is_url(place) else Home(Path(place))
+    if is_url(place):
+        return BucketHome(str(place), process)
+    if Path(place).exists() and not Path(place).is_dir():
+        raise ConfigError(f"{place} is a file: a run directory is a folder, made where there is none")
+    return Home(Path(place))
 
 
 def _next(stage: str, names: Sequence[str]) -> str:

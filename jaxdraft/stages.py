@@ -266,6 +266,7 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
         found |= {f"target/{name}": digest for name, digest in context.target_hashes.items()}
     if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
         found["tokenizer"] = context.tokenizer.fingerprint()
+        found |= {f"tokenizer/{name}": digest for name, digest in context.tokenizer_hashes.items()}
         if isinstance(stage, RENDER) and (template := context.tokenizer.template_fingerprint()):
             found["chat template"] = template
     return found
