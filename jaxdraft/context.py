@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe import HFModel, Recipe, Train
 from jaxdraft.sharding import MESH_AXES, Load
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
+from jaxdraft.untrusted import read_json
 
 VOCABULARY = "draft_vocabulary.json"
 _TRAINED_BYTES = 16  # float32 weights, gradients and two moments
@@ -183,7 +183,7 @@ class Context:
 
     def draft_vocabulary(self, stage: str) -> tuple[int, ...]:
         """The tokens that a DraftVocabulary stage chose."""
-        return tuple(json.loads((self.folder(stage) / VOCABULARY).read_text())["ids"])
+        return tuple(read_json(self.folder(stage) / VOCABULARY, fields={"ids": list})["ids"])
 
     def rows(self, stage: str) -> PackedRows:
         """The packed rows of a Prepare, Generate or Score stage.
