@@ -193,6 +193,27 @@ def outputs(bench: Bench) -> Outcome:
     return Outcome(count, count - len(bad), "; ".join(bad))
 
 
+@fault("F6", "any file of a finished run is damaged, and `jaxdraft verify` asked")
+def verified(bench: Bench) -> Outcome:
+    """Outputs that nothing reads any more, and checkpoints: drawn ones, ten for each effort; each is named."""
+    workdir, bad = Path(shutil.copytree(bench.undisturbed, bench.new("f6"))), []
+    code, said = called("verify", str(workdir))
+    if code:
+        return Outcome(1, 0, f"the undisturbed run: exit {code}, {said!r}")
+    stages = [path.parent for path in workdir.glob("*/stage.json")]
+    made = [stage / name for stage in stages for name in json.loads((stage / "stage.json").read_text())["outputs"]]
+    made += [file for stage in stages for file in _files(stage / "checkpoints")]
+    drawn = bench.random.choices(sorted(made), k=10 * bench.effort)
+    for file, damage in zip(drawn, itertools.cycle(DAMAGES), strict=False):
+        with _damaged(file, damage, bench.random):
+            code, said = called("verify", str(workdir))
+        is_refused = code == 2 and str(file.relative_to(workdir)) in said
+        is_noted = f"{file.parent}: {file.stem} without hashes" in said  # then the arrays have a fingerprint still
+        if not is_refused and not (damage is _deleted and is_noted):
+            bad.append(f"{file.relative_to(workdir)} {damage.__name__}: exit {code}, {said[-300:]!r}")
+    return Outcome(len(drawn), len(drawn) - len(bad), "; ".join(bad))
+
+
 @fault("F6", "a shard of answers is damaged while others are still to be written")
 def shards(bench: Bench) -> Outcome:
     """It is named, and written again with the same bytes."""
