@@ -193,6 +193,11 @@ def mistakes(bench: Bench) -> list[tuple[list[str], str]]:
         ([*inspect, "--stage", "corpsu"], "did you mean 'corpus'"),
         ([*inspect, "--rows", "3"], "name the stage with --stage"),
         (["inspect", str(folder)], "neither config.json"),
+        (["verify", str(folder)], "is not a run directory"),
+        (["verify", str(run), "--stage", "corpsu"], "did you mean 'corpus'"),
+        (["diff", str(run), str(folder)], "is not a run directory"),
+        (["replay", str(run), "--stage", "distil"], "did you mean 'distill'"),
+        (["replay", str(run), "--stage", "corpus"], "corpus"),
     ]
 
 
