@@ -100,18 +100,12 @@ class Checkpoints:
 
         Raises:
           ConfigError: it is a state of another identity; the message says in what they differ.
+          OSError: a file of it is damaged; the message names it.
           ValueError: arrays differ in shape or dtype, or do not match the fingerprint they were saved with.
         """
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        if self._identity is not None and meta["identity"] != self._identity:
-            told = "; ".join(changes(meta["identity"] or {}, self._identity))
-            raise _Foreign(f"checkpoint {step} in {self._manager.directory} is of another run: {told}")
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        ).state
-        if [int(x) for x in fingerprint(state)] != meta["fingerprint"]:
-            raise ValueError(f"checkpoint {step} in {self._manager.directory} does not match its fingerprint")
-        return state
+        if failure := on_lead(functools.partial(self._damage, step)):
+            raise OSError(f"checkpoint {step} cannot be used: {failure}")
+        return self._restored(abstract_state, step)
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any] | None:
         """Step and state of the newest checkpoint that passes its checks, or ``None`` if there is none at all.
@@ -125,7 +119,7 @@ class Checkpoints:
             state, failure = None, on_lead(functools.partial(self._damage, step))
             if not failure:
                 try:
-                    state = self.restore(abstract_state, step)
+                    state = self._restored(abstract_state, step)
                 except _Foreign:
                     raise
                 except Exception as error:  # orbax raises many kinds for a damaged file
@@ -143,6 +137,19 @@ class Checkpoints:
                 f"back from a copy, or delete the folder to train anew"
             )
         return None
+
+    def _restored(self, abstract_state: Any, step: int) -> Any:
+        """What ``restore`` gives, its files not looked at."""
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if self._identity is not None and meta["identity"] != self._identity:
+            told = "; ".join(changes(meta["identity"] or {}, self._identity))
+            raise _Foreign(f"checkpoint {step} in {self._manager.directory} is of another run: {told}")
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        ).state
+        if [int(x) for x in fingerprint(state)] != meta["fingerprint"]:
+            raise ValueError(f"checkpoint {step} in {self._manager.directory} does not match its fingerprint")
+        return state
 
     def _hash(self) -> None:
         """Called by orbax, in its thread, when a checkpoint is complete and does not have its name yet."""

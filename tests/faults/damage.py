@@ -158,6 +158,24 @@ def resumed(bench: Bench) -> Outcome:
     return Outcome(2 * bench.effort, 2 * bench.effort - len(bad), "; ".join(bad))
 
 
+@fault("F5", "a checkpoint that was kept for an evaluation is damaged", slow=True)
+def kept(bench: Bench) -> Outcome:
+    """It is named where it would be measured; mended, the evaluation ends as it would have."""
+    expected, bad = bench.expected, []
+    workdir = Path(shutil.copytree(bench.undisturbed, bench.new("f5")))
+    command = ["run", str(RECIPE), "--workdir", str(workdir), "--only", "evaluate"]
+    for _ in range(bench.effort):
+        (workdir / "evaluate" / "checkpoints.jsonl").unlink(missing_ok=True)
+        file = bench.random.choice(_files(workdir / "distill" / "checkpoints" / "3"))
+        damage = bench.random.choice(DAMAGES)
+        with _damaged(file, damage, bench.random):
+            code, said = called(*command)
+        again, _ = called(*command)
+        if code != 1 or str(file) not in said or again or hashes(workdir) != expected:
+            bad.append(f"{file} {damage.__name__}: exit {code}, {said[-300:]!r}, then {again}")
+    return Outcome(bench.effort, bench.effort - len(bad), "; ".join(bad))
+
+
 READS = {  # what is changed so that a stage has to read the outputs of these
     "pretrain.steps=7": ("tokenizer", "corpus"),
     "distill.steps=7": ("tokenizer", "target", "pretrain", "responses", "vocabulary"),
