@@ -335,12 +335,13 @@ def _labels(workdir: Path, steps: int) -> list[set[int]]:
 @fault("F8", "one batch whose loss, or gradient, is not a number")
 def bad_batch(bench: Bench) -> Outcome:
     """Its update is skipped and counted, the state stays bit-equal, and a run that stopped around it ends the same."""
-    bad, kinds = [], [(step, how) for step in range(1, 5) for how in ("false", "true")]
-    labels = _labels(bench.undisturbed, 6)
+    bad, labels = [], _labels(bench.undisturbed, 6)
+    # The smaller tokens are those that a loss is tried on before it is used.
+    own = [{t for t in labels[step] if t > 16 and sum(t in others for others in labels) == 1} for step in range(6)]
+    kinds = [(step, in_gradient) for step in range(1, 5) if own[step] for in_gradient in ("false", "true")]
     done = min(bench.effort, len(kinds))
     for step, in_gradient in bench.random.sample(kinds, done):
-        others = set().union(*labels[:step], *labels[step + 1 :])
-        token = min(token for token in labels[step] - others if token > 16)  # the smaller ones, a loss is tried on
+        token = min(own[step])
         workdir = Path(shutil.copytree(bench.undisturbed, bench.new("f8")))
         shutil.rmtree(workdir / "pretrain")
         command = _own(workdir, token, f"pretrain.loss.in_gradient={in_gradient}")
