@@ -19,8 +19,9 @@ from jaxdraft.errors import ConfigError, Interrupted
 T = TypeVar("T")
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# After one has failed the others are waited for; where one is gone for good that is time lost.
-_SHUTDOWN_SECONDS = 10
+# One that is gone for good is noticed after so many seconds, and the others end with it; where one has failed, the
+# others are waited for.
+_TIMEOUTS: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 10}
 _PROBLEM_BYTES = 1000
 
 
@@ -44,10 +45,10 @@ def initialize() -> None:
             raise ConfigError(f"JAX_PROCESS_ID is {index}: it must be less than JAX_NUM_PROCESSES, {count}")
         if count > 1:
             address = os.environ[_VARIABLES[0]]
-            jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+            jax.distributed.initialize(address, count, index, **_TIMEOUTS)
     else:
         try:
-            jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+            jax.distributed.initialize(**_TIMEOUTS)
         except ValueError as error:
             if _VARIABLES[0] in os.environ:
                 raise ConfigError(f"{_VARIABLES[0]} is set: set {', '.join(_VARIABLES[1:])} too, or none") from error

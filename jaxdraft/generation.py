@@ -35,6 +35,7 @@ from jaxdraft.server import Question as Sent
 from jaxdraft.server import Reply
 from jaxdraft.server import ask as ask_server
 from jaxdraft.settings import to_json
+from jaxdraft.stopping import align, poll
 from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.tracking import progress_bar, say
@@ -126,6 +127,7 @@ def _write_missing(writing: _Writing, shards: Sequence[Shard]) -> Usage:
                     context.home.keep_own(*files)
 
     together(write)
+    align()  # a process with fewer answers has asked less often
     return usage
 
 
@@ -142,6 +144,7 @@ def _whole_shards(
         for (i, place), line, scores in _lines(writing, writer, asked, mesh, usage):
             found[i][place] = line, scores
             advance(1)
+            poll()
             if len(found[i]) == len(members[i].questions):
                 whole = [answer for _, answer in sorted(found.pop(i).items(), key=lambda item: item[0])]
                 yield members[i], [line for line, _ in whole], [said for _, said in whole if said is not None]

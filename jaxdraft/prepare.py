@@ -44,6 +44,7 @@ from jaxdraft.distributed import from_all, is_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.recipe import Prepare, Subset
 from jaxdraft.settings import to_json
+from jaxdraft.stopping import poll
 from jaxdraft.tokenizers import single_threaded
 from jaxdraft.tracking import progress_bar, say
 
@@ -89,6 +90,7 @@ class _Units:
         units = itertools.groupby(text, lambda chunk: chunk.unit)
         ended = False
         while self.left > 0 and not ended:
+            poll()
             before, rows = self.tokens, together(lambda: self._next(units))
             turn = from_all(rows, self.tokens - before)
             together(functools.partial(self._cut, turn))

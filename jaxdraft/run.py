@@ -23,7 +23,7 @@ from jaxdraft.provenance import environment, output_hash, stage_fingerprint
 from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
 from jaxdraft.settings import changes, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
-from jaxdraft.stopping import align, owned
+from jaxdraft.stopping import align, owned, poll
 from jaxdraft.tracking import say
 
 
@@ -100,6 +100,7 @@ def run(
         ran, made = False, dict[str, str]()
         for number, stage in enumerate(recipe.stages, start=1):
             plan = _shared_plan(stage, context, made)
+            poll()
             banner = f"[{number}/{len(recipe.stages)}] {stage.name} ({type(stage).__name__})"
             if plan.state == "done":
                 made[stage.name] = plan.output

@@ -17,6 +17,7 @@ from jaxdraft.models import Decoder, compute_dtype
 from jaxdraft.models.hf import load_model
 from jaxdraft.recipe import TopK, Train
 from jaxdraft.sharding import place, row_groups
+from jaxdraft.stopping import poll
 from jaxdraft.tracking import progress_bar, say
 
 # In bfloat16 the rounding depends on the shape of a pass: another number gives other bytes.
@@ -106,6 +107,7 @@ def scored(
                     f"{name}: the target gave logits that are not finite: are its weights damaged?"
                 )
             bar.update(len(batch))
+            poll()
             for row, ids, log_probs in zip(batch, ids_BTK, log_probs_BTS.astype(np.float16), strict=True):
                 yield {**row, "target_ids": ids, "target_log_probs": log_probs}
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import gc
 import hashlib
 import importlib
 import itertools
@@ -25,7 +24,7 @@ from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.prompts import PromptFile
 from jaxdraft.data.records import PackedRows, sha256
 from jaxdraft.decode import acceptance_ratios, expected_blocks, generate
-from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
@@ -41,7 +40,6 @@ from jaxdraft.recipe_file import load_recipe
 from jaxdraft.run import plan_all, run
 from jaxdraft.settings import to_json
 from jaxdraft.stages import CALIBRATION_ROWS
-from jaxdraft.stopping import owned
 from jaxdraft.tokenizers import load_tokenizer
 from jaxdraft.tracking import read_jsonl, write_jsonl
 
@@ -596,20 +594,6 @@ def test_sigterm_exits_with_75_and_the_rest_is_done_by_the_same_command(tiny_run
     assert process.wait() == 75
     assert start(workdir).wait() == 0
     assert hashes(workdir) == hashes(tiny_run)
-
-
-def test_a_stop_that_a_callback_swallows_comes_again():
-    def stops_in_a_callback(phase, info):
-        gc.callbacks.remove(stops_in_a_callback)
-        signal.raise_signal(signal.SIGTERM)
-
-    def work():
-        gc.callbacks.append(stops_in_a_callback)
-        gc.collect()
-        time.sleep(5)
-
-    with pytest.raises(Interrupted), owned():
-        work()
 
 
 OWN = """

@@ -39,6 +39,7 @@ from jaxdraft.evaluate import metrics
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.models import Decoder
 from jaxdraft.models.decoder import Params
+from jaxdraft.stopping import poll
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.tracking import progress_bar
 
@@ -118,7 +119,12 @@ def measure_perplexity(model: Model, documents: Documents, length: int) -> dict[
     rows = 1 if platform() == "cpu" else 8  # attention scores of one window fit a CPU's caches: twice as fast
     count = sum(1 for document in each for _ in windows(len(document.tokens), length, stride))
     with progress_bar(count, f"perplexity on {documents.name}", "window") as bar:
-        how: dict[str, Any] = {"length": length, "stride": stride, "batch_size": rows, "advance": bar.update}
+
+        def advance(windows: int) -> None:
+            bar.update(windows)
+            poll()
+
+        how: dict[str, Any] = {"length": length, "stride": stride, "batch_size": rows, "advance": advance}
         found = perplexity(model.decoder, model.params, each, **how)
     return {
         **found,

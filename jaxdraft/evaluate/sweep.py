@@ -30,6 +30,7 @@ from jaxdraft.evaluate.tasks import Task
 from jaxdraft.evaluate.token_classes import TokenClasses
 from jaxdraft.evaluate.tpot import Latencies, curve
 from jaxdraft.sharding import mesh_of
+from jaxdraft.stopping import poll
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.tracking import write_jsonl
 
@@ -206,7 +207,7 @@ class Sweep:
             self._bar.set_postfix_str(
                 f"the target alone: {work.task.name} at T {work.task.temperature:g}, batch {work.batch_size}"
             )
-            write = lambda: write_alone(self._target, work, self._bar.update).to_json()
+            write = lambda: write_alone(self._target, work, self._advance).to_json()
             found = self._part({"kind": "alone", **work.identity}, write, len(work.prompts))
             self._baselines[work] = Baseline.from_json(found)
         return self._baselines[work]
@@ -217,7 +218,7 @@ class Sweep:
     def _cell(
         self, cell: Cell, baseline: Baseline, latencies: Latencies, seen: Callable[[], list[Acceptance]]
     ) -> dict[str, Any]:
-        results, batches = write_with_draft(*cell, self._bar.update)
+        results, batches = write_with_draft(*cell, self._advance)
         prompts = [prompt.tokens for prompt in cell.work.prompts]
         classes = [self._classes.of(prompt, result.tokens) for prompt, result in zip(prompts, results, strict=True)]
         run = run_line(cell, results, batches, baseline, seen(), latencies, classes)
@@ -244,8 +245,12 @@ class Sweep:
         found = self._parts.find(of)
         if found is None:
             return self._parts.add(of, measure())
-        self._bar.update(answers)
+        self._advance(answers)
         return found
+
+    def _advance(self, answers: int) -> None:
+        self._bar.update(answers)
+        poll()
 
 
 def at_temperatures(tasks: Sequence[TaskPrompts], temperatures: Sequence[float]) -> list[TaskPrompts]:

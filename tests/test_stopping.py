@@ -1,0 +1,92 @@
+"""Signals: raised at once or at the end of a step, and the way out of what does not come back to Python."""
+
+import gc
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxdraft.errors import Interrupted
+from jaxdraft.stopping import asked, at_once, deferred, owned
+
+
+def test_a_signal_is_raised_where_the_program_stands_and_the_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted), owned():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_deferred_signal_waits_for_the_end():
+    done = []
+
+    def step():
+        with deferred():
+            signal.raise_signal(signal.SIGINT)
+            assert asked()
+            done.append("the step at hand")
+
+    with pytest.raises(Interrupted), owned():
+        step()
+    assert done == ["the step at hand"]
+
+
+def test_inside_a_deferred_part_some_work_may_be_left_at_once():
+    done = []
+
+    def step():
+        try:
+            with at_once():
+                signal.raise_signal(signal.SIGTERM)
+                raise AssertionError("not reached")
+        except Interrupted:
+            signal.raise_signal(signal.SIGTERM)  # while the step is saved: deferred again
+            done.append("saved")
+            raise
+
+    with pytest.raises(Interrupted), owned(), deferred():
+        step()
+    assert done == ["saved"]
+
+
+def test_what_may_be_left_at_once_does_not_begin_after_a_signal():
+    def step():
+        signal.raise_signal(signal.SIGTERM)
+        with at_once():
+            raise AssertionError("not begun")
+
+    with pytest.raises(Interrupted), owned(), deferred():
+        step()
+
+
+def test_a_stop_that_a_callback_swallows_comes_again():
+    def stops_in_a_callback(phase, info):
+        gc.callbacks.remove(stops_in_a_callback)
+        signal.raise_signal(signal.SIGTERM)
+
+    def work():
+        gc.callbacks.append(stops_in_a_callback)
+        gc.collect()
+        time.sleep(5)
+
+    with pytest.raises(Interrupted), owned():
+        work()
+
+
+STUCK = """
+import hashlib
+from jaxdraft.stopping import owned
+with owned(leaves=True):
+    print("stuck", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as a compilation: does not come back to Python
+"""
+
+
+def test_what_does_not_come_back_to_python_is_left():
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "stuck\n"
+    process.terminate()
+    assert process.communicate(timeout=60)[1] == "jaxdraft: stopped; the same command goes on from here\n"
+    assert process.returncode == 75
