@@ -341,3 +341,12 @@ def test_what_cannot_be_repeated_is_refused(trained, capsys, arguments, told):
     code, said = replay(capsys, trained, *arguments)
     assert code == 2
     assert told in said.err
+
+
+def test_a_model_card_states_the_licences_of_target_and_data(copy, tmp_path):
+    edit(copy / "run.json", target_licence="LicenseRef-llama3.1")
+    assert main(["export", "--run", str(copy), "--stage", "pretrain", "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| licence of the target | LicenseRef-llama3.1 |" in card
+    assert "display “Built with Llama”" in card
+    assert "| licences of the data | PSF-2.0 |" in card
