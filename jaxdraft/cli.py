@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdraft import __version__
-from jaxdraft.arguments import checkpoints, integers, numbers, positive, seed, step_range, whole
+from jaxdraft.arguments import checkpoints, folder, integers, number, numbers, positive, seed, share, step_range, whole
 from jaxdraft.cli_runs import add_runs
 from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
 from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.redaction import RedactingFormatter, redacted
+from jaxdraft.untrusted import printable
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
 _MODEL = "Hugging Face folder, or owner/name[@revision] on the hub,"
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 error, 2 configuration, 75 run it again."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     _keep_compiled_programs()
     try:
@@ -152,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
         "--predict-up-to", type=whole, default=10, metavar="γ", help="largest γ to predict a speed-up for (default: 10)"
     )
     evaluate.add_argument(
-        "--out", type=Path, default=Path("evaluation"), help="gets results.json and samples.jsonl (default: evaluation)"
+        "--out",
+        type=folder,
+        default=Path("evaluation"),
+        help="gets results.json and samples.jsonl (default: evaluation)",
     )
 
     sample = verb(
@@ -160,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_pair(sample, draft_required=False)
     sample.add_argument("--block-size", type=positive, default=5, help="draft tokens per block (default: 5)")
-    sample.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sample.add_argument("--temperature", type=number, default=0.0, help="0 is greedy (default)")
     _add_decoding(sample)
     _add_speculation(sample)
     add_sample(sample)
@@ -171,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--untrained", action="store_true", help="random weights, with --target and --shape")
     export.add_argument("--target", help="with --untrained: the model the draft is to be for")
     export.add_argument("--shape", default="50M", help="with --untrained: a preset's name or a size (default: 50M)")
-    export.add_argument("--out", type=Path, required=True, help="the folder to write")
+    export.add_argument("--out", type=folder, required=True, help="the folder to write")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     export.add_argument(
         "--vocabulary",
@@ -215,7 +222,7 @@ def _add_pair(parser: argparse.ArgumentParser, draft_required: bool) -> None:
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, everything)")
+    parser.add_argument("--top-p", type=share, default=1.0, help="nucleus (default: 1, everything)")
     parser.add_argument("--top-k", type=whole, default=0, help="most likely tokens kept (default: 0, all)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="per prompt (default: 128)")
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
@@ -367,7 +374,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"jaxdraft: {message}", file=sys.stderr)
+    print(printable(redacted(f"jaxdraft: {message}"), keep="\n\t"), file=sys.stderr)
     return code
 
 

@@ -107,9 +107,9 @@ def _diff(options: argparse.Namespace, command: list[str]) -> int:
 
 def _replay(options: argparse.Namespace, command: list[str]) -> int:
     from jaxdraft.home import open_home
-    from jaxdraft.models.folder import read_json
     from jaxdraft.recipe_file import load_recipe
     from jaxdraft.replay import replay
+    from jaxdraft.untrusted import read_json
 
     home = open_home(options.run, None)
     home.fetch_records()

@@ -19,10 +19,11 @@ from jaxdraft.data.records import MANIFEST, PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import RECORD, Home
 from jaxdraft.inspect import printable
-from jaxdraft.models.folder import opened, read_json
+from jaxdraft.models.folder import opened
 from jaxdraft.provenance import differences
 from jaxdraft.settings import shortened
 from jaxdraft.tracking import progress_bar
+from jaxdraft.untrusted import read_json
 from jaxdraft.verify import OWN
 
 # A field whose name has one of these in it is a time or follows from one.

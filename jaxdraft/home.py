@@ -9,7 +9,6 @@ used. Checkpoints never lie here; orbax writes and reads them there.
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from jaxdraft.errors import ConfigError
 from jaxdraft.lease import is_held, lease
 from jaxdraft.remote import Bucket, Stamp, cache_folder, is_url
+from jaxdraft.untrusted import read_json
 
 CHECKPOINTS, RECORD, REPORT, SUPERSEDED = "checkpoints", "stage.json", "report", "superseded"
 LOCK = ".lock"  # held, with flock, by the run that works in the folder
@@ -150,7 +150,7 @@ class BucketHome(Home):
         if not patterns:
             self._forget(stage, there)
         copied, record = self._update(there), self.folder / stage / RECORD
-        outputs = json.loads(record.read_text()).get("outputs", {}) if record.exists() else {}
+        outputs = read_json(record).get("outputs", {}) if record.exists() else {}
         for file in copied:
             name = str(file.relative_to(self.folder / stage))
             with file.open("rb") as content:
@@ -207,7 +207,11 @@ class BucketHome(Home):
 
 def open_home(place: Path | str, process: int | None = 0) -> Home:
     """The home of a run directory given as a path, or as the URL of a folder in a bucket."""
-    return BucketHome(str(place), process) if is_url(place) else Home(Path(place))
+    if is_url(place):
+        return BucketHome(str(place), process)
+    if Path(place).exists() and not Path(place).is_dir():
+        raise ConfigError(f"{place} is a file: a run directory is a folder, made where there is none")
+    return Home(Path(place))
 
 
 def _next(stage: str, names: Sequence[str]) -> str:

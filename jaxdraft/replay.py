@@ -16,7 +16,6 @@ from jaxdraft.context import Context
 from jaxdraft.diff import fields
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import CHECKPOINTS, Home
-from jaxdraft.models.folder import read_json
 from jaxdraft.provenance import differences, environment
 from jaxdraft.recipe import Recipe, Train
 from jaxdraft.remote import is_url
@@ -24,6 +23,7 @@ from jaxdraft.run import plan_stage
 from jaxdraft.settings import shortened
 from jaxdraft.stages import train_stage
 from jaxdraft.tracking import read_jsonl, say
+from jaxdraft.untrusted import read_json
 
 METRICS = "metrics.jsonl"
 _LOGS = (METRICS, "block_efficiency.jsonl", "timing.jsonl")

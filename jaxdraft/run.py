@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,18 +15,20 @@ import jax
 
 from jaxdraft.context import Context
 from jaxdraft.data.records import sha256, write_json
-from jaxdraft.distributed import is_lead, on_lead, together
+from jaxdraft.distributed import is_alone, is_lead, on_lead, together
+from jaxdraft.early_checks import check_early
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.home import LOCK, Home, open_home
 from jaxdraft.licences import check_licence
 from jaxdraft.losses import check_loss
-from jaxdraft.models.subclone import SIZES, check_sizes
 from jaxdraft.provenance import environment, output_hash, stage_fingerprint
-from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
+from jaxdraft.recipe import Recipe, Stage, Train
+from jaxdraft.redaction import redacted
 from jaxdraft.settings import changes, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.stopping import align, owned, poll
 from jaxdraft.tracking import say
+from jaxdraft.untrusted import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +95,10 @@ def run(
     for name in only:
         recipe.stage(name)
     licences = check_licence(recipe, workdir, accept_licence)
-    home = open_home(workdir, jax.process_index())
+    home = open_home(workdir, 0 if is_alone() else jax.process_index())
     context = Context(recipe, home, profile)
     with contextlib.ExitStack() as held, owned():
-        together(lambda: context.target_shape)
+        together(lambda: check_early(context))
         _ = context.mesh, context.decode_mesh  # what does not fit is told before anything is written
         on_lead(lambda: _begin(context, held))
         ran, made = False, dict[str, str]()
@@ -126,7 +130,6 @@ def _begin(context: Context, held: contextlib.ExitStack) -> None:
     held.enter_context(_locked(context.workdir))
     held.enter_context(context.home.held())
     context.home.fetch_records()
-    _check_starts(context)
     _check_losses(context)
     if not _holds(context.workdir / "recipe.json", _recipe_json(context.recipe)):
         _write_json(context.home, "recipe.json", _recipe_json(context.recipe))
@@ -181,8 +184,8 @@ def _execute(plan: Plan, context: Context) -> str:
     """Runs a stage, writes its record and returns the hash of its output."""
     stage, began = plan.stage, time.perf_counter()
     align()
-    record = on_lead(lambda: _opened(plan, context))
     _fetch_inputs(stage, context)
+    record = on_lead(lambda: _opened(plan, context))
     execute = lambda: EXECUTE[type(stage)](stage, context)
     elapsed = lambda: round(record["seconds"] + time.perf_counter() - began, 3)
     try:
@@ -281,10 +284,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
     path = folder / "stage.json"
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete the folder {folder} to run the stage again") from error
+    fields = {"status": str, "fingerprint": str, "settings": dict, "inputs": dict}
+    return read_json(path, fields=fields, remedy=f"delete the folder {folder} to run the stage again")
 
 
 def _recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -306,17 +307,6 @@ def _run_json(context: Context, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _check_starts(context: Context) -> None:
-    """A draft that is to be cut out of its target has to fit into it."""
-    for stage in context.recipe.stages:
-        if isinstance(stage, Train) and stage.init in FROM_TARGET:
-            sizes = SIZES if stage.init == "subclone" else ("hidden_size",)
-            try:
-                check_sizes(context.target_shape, stage.model or context.recipe.draft, sizes)
-            except ConfigError as error:
-                raise ConfigError(f"{stage.name}: init={stage.init!r}: {error}") from None
-
-
 def _check_losses(context: Context) -> None:
     """A mistake in a loss is told now, and not when its stage begins; one that a stage began with was tried then."""
     for stage in context.recipe.stages:
@@ -332,19 +322,24 @@ def _check_losses(context: Context) -> None:
 
 
 def _holds(path: Path, value: Any) -> bool:
-    return path.exists() and path.read_text() == json.dumps(value, indent=2) + "\n"
+    return path.exists() and path.read_text() == json.dumps(redacted(value), indent=2) + "\n"
 
 
 def _write_json(home: Home, name: str, value: Any) -> None:
-    write_json(home.folder / name, value)
+    write_json(home.folder / name, redacted(value))
     home.keep(home.folder / name)
 
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    with (workdir / LOCK).open("w") as file:
+    with (workdir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Interrupted(f"another jaxdraft run is at work in {workdir}: wait for it, or stop it") from None
+            file.seek(0)
+            holder = file.read() or "jaxdraft run"
+            raise Interrupted(f"another {holder} is at work in {workdir}: wait for it, or stop it") from None
+        file.truncate(0)
+        file.write(f"jaxdraft run (process {os.getpid()} on {socket.gethostname()})")
+        file.flush()
         yield

@@ -177,7 +177,7 @@ def _start(
         calibration = [first[i] for i in range(min(CALIBRATION_ROWS, len(first)))]
         tokens_BT, segments_BT = (np.stack([row[key] for row in calibration]) for key in ("tokens", "segment_ids"))
         return config, subclone(*target, config, tokens_BT.astype(np.int32), segments_BT > 0)
-    key = jax.random.fold_in(jax.random.key(context.seed(stage)), INIT_PURPOSE)
+    key = jax.random.fold_in(jax.random.key(context.seed(stage), impl="threefry2x32"), INIT_PURPOSE)
     params = jax.jit(init_params, static_argnums=0, out_shardings=model_shardings(config, context.mesh))(config, key)
     if target and stage.init == "target-embedding":
         return config, project_embedding(*target, config, params)
@@ -266,6 +266,7 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
         found |= {f"target/{name}": digest for name, digest in context.target_hashes.items()}
     if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
         found["tokenizer"] = context.tokenizer.fingerprint()
+        found |= {f"tokenizer/{name}": digest for name, digest in context.tokenizer_hashes.items()}
         if isinstance(stage, RENDER) and (template := context.tokenizer.template_fingerprint()):
             found["chat template"] = template
     return found

@@ -18,11 +18,11 @@ from jaxdraft.data.records import MANIFEST, sha256
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
 from jaxdraft.inspect import as_bytes, printable
-from jaxdraft.models.folder import read_json
 from jaxdraft.provenance import output_hash, stage_fingerprint
 from jaxdraft.remote import is_url
 from jaxdraft.settings import changes
 from jaxdraft.tracking import progress_bar
+from jaxdraft.untrusted import read_json
 
 _ACCOUNT = "answers.json"
 # What a stage keeps for itself, and no later one reads.

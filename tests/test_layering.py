@@ -15,22 +15,14 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {
-    "backend",
-    "distributed",
-    "fingerprint",
-    "huggingface",
-    "remote",
-    "settings",
-    "sharding",
-    "stopping",
-    "tokenizers",
-    "tracking",
-}
+BASE = {"backend", "distributed", "fingerprint", "huggingface", "redaction", "remote", "settings", "sharding"}
+BASE |= {"stopping", "tokenizer_backends", "tokenizers", "tracking", "untrusted"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
+    "redaction": set(),
+    "untrusted": set(),
     "arguments": set(),
     "user_code": set(),
     "backend": set(),
@@ -39,17 +31,18 @@ MAY_IMPORT = {
     "fingerprint": {"distributed"},
     "provenance": {"__init__"},
     "sharding": {"distributed"},
-    "tokenizers": set(),
+    "tokenizer_backends": {"untrusted"},
+    "tokenizers": {"tokenizer_backends", "untrusted"},
     "tokenizer_training": {"tokenizers"},
-    "tracking": {"distributed"},
+    "tracking": {"distributed", "redaction"},
     "stopping": {"distributed"},
     "file_hashes": {"data"},
     "checkpoint": {"distributed", "file_hashes", "fingerprint", "remote", "settings", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
-    "home": {"lease", "remote"},
-    "data": {"huggingface", "remote", "tokenizers"},
-    "server": {"data", "tokenizers"},
+    "home": {"lease", "remote", "untrusted"},
+    "data": {"huggingface", "remote", "tokenizers", "untrusted"},
+    "server": {"data", "redaction", "tokenizers"},
     "losses": {"backend", "user_code"},
     "models": BASE,
     "decode": BASE | {"models"},
@@ -71,6 +64,7 @@ MAY_IMPORT = {
     "verify": BELOW_STAGES | {"file_hashes", "home", "inspect", "provenance", "settings"},
     "diff": BELOW_STAGES | {"home", "inspect", "provenance", "settings", "verify"},
     "context": BELOW_STAGES | {"export", "home", "recipe"},
+    "early_checks": BELOW_STAGES | {"context", "recipe"},
     "stored_targets": BELOW_STAGES | {"context", "recipe"},
     "data_stages": BELOW_STAGES | {"context", "recipe", "settings", "stored_targets", "tokenizer_training"},
     "prepare": BELOW_STAGES | {"context", "data_stages", "recipe", "settings"},
@@ -93,7 +87,7 @@ MAY_IMPORT = {
         "settings",
         "stored_targets",
     },
-    "run": BELOW_STAGES | {"context", "home", "licences", "provenance", "recipe", "settings", "stages"},
+    "run": BELOW_STAGES | {"context", "early_checks", "home", "licences", "provenance", "recipe", "settings", "stages"},
     "replay": BELOW_STAGES | {"context", "diff", "home", "provenance", "recipe", "run", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "licences", "recipe", "recipe_file", "stored_targets"},
     "cli_sample": BELOW_STAGES,
