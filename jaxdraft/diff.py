@@ -18,13 +18,12 @@ from array_record.python import array_record_module
 from jaxdraft.data.records import MANIFEST, PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import RECORD, Home
-from jaxdraft.inspect import printable
 from jaxdraft.models.folder import opened
 from jaxdraft.provenance import differences
 from jaxdraft.settings import shortened
 from jaxdraft.tracking import progress_bar
-from jaxdraft.untrusted import read_json
-from jaxdraft.verify import OWN
+from jaxdraft.untrusted import printable, read_json
+from jaxdraft.verify import OWN, read_recipe
 
 # A field whose name has one of these in it is a time or follows from one.
 TIMES = ("second", "latency", "token_rate", "tpot", "speedup", "predicted", "by_time", "best_block")
@@ -58,11 +57,7 @@ def diff(first: Home, second: Home) -> list[Compared]:
       ConfigError: one is no run directory, or a file that has to be read is damaged.
     """
     homes = first, second
-    for home in homes:
-        home.fetch_records()
-        if not (home.folder / "recipe.json").is_file():
-            raise ConfigError(f"{home} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
-    recipes = [read_json(home.folder / "recipe.json") for home in homes]
+    recipes = list(map(read_recipe, homes))
     runs = [read_json(path) if (path := home.folder / "run.json").is_file() else {} for home in homes]
     names = list(dict.fromkeys(stage["name"] for recipe in recipes for stage in recipe["stages"]))
     for home, name in itertools.product(homes, names):
