@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 
-from jaxdraft.data.records import MANIFEST, PackedRows
+from jaxdraft.data.records import MANIFEST, PackedRows, random_access
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import RECORD, Home
 from jaxdraft.models.folder import opened
@@ -222,15 +221,15 @@ def _tensor(first: Any, second: Any, name: str) -> str:
 
 def _rows(one: Path, other: Path) -> str:
     """Records of ArrayRecord files; of packed rows also the column and the position."""
-    readers = [
-        array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-        for path in (one, other)
-    ]
-    counts = [reader.num_records() for reader in readers]
-    for i in range(min(counts)):
-        a, b = (reader.read([i])[0] for reader in readers)
-        if a != b:
-            return f", row {i}{_column(one, other, i)}"
+    try:
+        readers = random_access(one), random_access(other)
+        counts = [reader.num_records() for reader in readers]
+        for i in range(min(counts)):
+            a, b = (reader.read([i])[0] for reader in readers)
+            if a != b:
+                return f", row {i}{_column(one, other, i)}"
+    except RuntimeError as error:
+        raise ConfigError(f"{one} or {other} is damaged ({error}): `jaxdraft verify` says which") from error
     return f": {counts[0]:,} and {counts[1]:,} rows" if counts[0] != counts[1] else ""
 
 

@@ -11,10 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from array_record.python import array_record_module
-
 from jaxdraft import file_hashes
-from jaxdraft.data.records import MANIFEST, sha256
+from jaxdraft.data.records import MANIFEST, random_access, sha256
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
 from jaxdraft.inspect import as_bytes
@@ -205,7 +203,7 @@ class _Folder:
         path = self._folder / _plain(shard["file"])
         wrong = list(self._compare(path.name, shard["sha256"]))
         yield from wrong
-        if not wrong and shard["rows"] != (rows := _records(path)):
+        if not wrong and shard["rows"] != (rows := random_access(path).num_records()):
             yield f"{path} has {rows} rows, its record says {shard['rows']}: delete it and {_AGAIN}"
 
     def _answers(self) -> Iterator[str]:
@@ -259,14 +257,6 @@ def _plain(name: str) -> str:
     if not is_plain_name(name):
         raise ConfigError(f"{name!r} is not a file of this folder")
     return name
-
-
-def _records(path: Path) -> int:
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-    try:
-        return int(reader.num_records())
-    finally:
-        reader.close()
 
 
 def _out_of_place(

@@ -271,6 +271,14 @@ def test_where_two_runs_part_is_told(trained, copy, capsys, change, told):
         assert out[-1].endswith("(1 ulp)")
 
 
+def test_runs_with_damaged_rows_cannot_be_compared(trained, copy, capsys):
+    path = copy / "responses" / "rows-00000.array_record"
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes(64) + content[264:])
+    assert main(["diff", str(trained), str(copy)]) == 2
+    assert "`jaxdraft verify` says which" in capsys.readouterr().err
+
+
 def test_another_setting_shows_from_its_first_step_on(trained, copy, capsys):
     again = ["run", TINY, "--workdir", str(copy), "--set", "pretrain.weight_decay=0.02"]
     assert main([*again, "--only", "pretrain"]) == 0
