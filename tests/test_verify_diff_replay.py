@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdraft.cli import main
 from jaxdraft.data.records import PackedRows, write_rows
+from jaxdraft.diff import fields
 from jaxdraft.provenance import output_hash, stage_fingerprint
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
@@ -213,6 +214,13 @@ def test_a_run_is_identical_to_itself_whatever_the_time(trained, copy, capsys):
     assert out[-1] == "identical"
     assert any(line.startswith("software") and '"0.0.1"' in line for line in out)
     assert main(["diff", str(trained), str(copy.parent)]) == 2
+
+
+def test_of_results_all_but_times_is_compared():
+    times = ("tokens_per_second", "token_rate_ratio_ci95", "draft_latency", "target_latency_1", "predicted_speedup")
+    times += ("tpot", "measured_speedup", "mbsu_by_time", "compile_seconds", "best_block_size")
+    one, other = ({"runs": [{"task": "a", **dict.fromkeys(times, i), "mbsu": i}]} for i in (1.0, 2.0))
+    assert [found.split(":")[0] for found in fields(one, other)] == ["runs[0].mbsu"]
 
 
 def _step(run):
