@@ -163,7 +163,8 @@ class _Folder:
             checked.size = sum((self._folder / file).stat().st_size for file in self._hashes)
             self._checkpoints(checked)
             checked.problems = list(dict.fromkeys([*problems, *checked.problems]))
-            self._unknown(checked, record.get("outputs", {}))
+            if checked.status == "done":
+                self._unknown(checked, record["outputs"])
         return checked
 
     def _hash(self, name: str) -> str:
