@@ -272,6 +272,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def random_access(path: Path) -> Any:
+    """A reader of an ArrayRecord file's records, in any order: it reads nothing ahead, and starts no threads."""
+    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+
+
 class PackedRows:
     """Random access into a folder written by `write_rows`: `rows[i] -> {column: [length] or [length, width]}`.
 
@@ -319,9 +324,7 @@ class PackedRows:
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
-            self._readers[shard] = array_record_module.ArrayRecordReader(
-                str(self._path(shard)), "readahead_buffer_size:0,max_parallelism:0"
-            )
+            self._readers[shard] = random_access(self._path(shard))
         return self._readers[shard]
 
     def _path(self, shard: int) -> Path:
