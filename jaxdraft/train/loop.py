@@ -122,12 +122,12 @@ def train(
             for step in range(start, end + 1):
                 if measure is not None and step in measured:
                     log.flush()
+                    if saved < step:  # a measurement that does not come back to Python, as it is compiled, ends all
+                        save(step)
                     try:
                         with at_once():
                             lines = measure(state.params)
                     except Interrupted:
-                        if saved < step:
-                            save(step)
                         checkpoints.wait()
                         raise
                     log.measured(step, lines)
@@ -144,8 +144,8 @@ def train(
                     checkpoints.wait()
                     raise Interrupted(MESSAGE)
             log.flush()
+            checkpoints.wait()
         tracer.finish(start, state)
-        checkpoints.wait()
     return state.params
 
 
