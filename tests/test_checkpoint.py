@@ -84,6 +84,15 @@ def test_any_damaged_file_is_named(saved, tmp_path, file, caplog):
     assert f"{folder}/3/{file} is damaged" in caplog.text
 
 
+def test_a_hidden_file_that_something_else_put_there_is_no_damage(saved, tmp_path, caplog):
+    folder = tmp_path / "shared"
+    shutil.copytree(saved, folder)
+    (folder / "3" / "state" / ".nfs0001").write_text("")
+    with Checkpoints(folder, keep_every=1) as checkpoints:
+        assert checkpoints.restore_newest(ABSTRACT)[0] == 3
+    assert not caplog.messages
+
+
 def test_a_checkpoint_that_is_gone_is_missed(saved, tmp_path, caplog):
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)

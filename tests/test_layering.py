@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tokenizer_backends": {"untrusted"},
     "tokenizers": {"tokenizer_backends", "untrusted"},
     "tokenizer_training": {"tokenizers"},
-    "tracking": {"distributed", "redaction"},
+    "tracking": {"distributed", "redaction", "untrusted"},
     "stopping": {"distributed"},
     "file_hashes": {"data"},
     "checkpoint": {"distributed", "file_hashes", "fingerprint", "remote", "settings", "sharding"},
