@@ -42,7 +42,8 @@ class FastBackend:
             return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        with library_errors(f"{self._path}: ids cannot be decoded"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self) -> list[str]:
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -57,11 +58,13 @@ class FastBackend:
 
 @contextlib.contextmanager
 def library_errors(told: str) -> Iterator[None]:
-    """Turns the bare Exceptions of a library, over what somebody else's file asks of it, into a ConfigError."""
+    """Turns what a library raises over what somebody else's file asks of it into a ConfigError."""
     try:
         yield
-    except Exception as error:
-        raise ConfigError(f"{told} ({error})") from error
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # Rust's, which is no Exception
+            raise ConfigError(f"{told} ({error})") from error
+        raise
 
 
 def read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:

@@ -292,6 +292,16 @@ def test_json_that_is_none_is_named(tmp_path, content, told):
         untrusted.read_json(tmp_path / "x.json", fields={"a": int}, remedy="do this")
 
 
+def test_a_panic_of_a_library_is_named(good, tmp_path):
+    folder = Path(shutil.copytree(good, tmp_path / "model"))
+    special = {"id": "<none>", "ids": [1], "tokens": ["<s>"]}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    post = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"<none>": special}}
+    change(folder / "tokenizer.json", post_processor=post)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: not a readable tokenizer\.json \(no entry"):
+        load_tokenizer(folder)
+
+
 def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="no plain file"):
