@@ -86,6 +86,12 @@ class Context:
         return hashlib.sha256("".join(self.target_hashes.values()).encode()).hexdigest()
 
     @cached_property
+    def tokenizer_hashes(self) -> dict[str, str]:
+        """sha256 of each file that says how text is cut into tokens: of the same pieces, other merges cut otherwise."""
+        files = [self.tokenizer_folder / name for name in ("tokenizer.json", "tokenizer.model")]
+        return {file.name: sha256(file) for file in files if file.exists()}
+
+    @cached_property
     def mesh(self) -> Mesh:
         """The devices as all Train stages of the recipe, and passes over whole texts, use them.
 
@@ -156,10 +162,7 @@ class Context:
     def draft_config(self) -> ModelConfig:
         """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
         target, draft = self.target_config(), self.recipe.draft
-        if draft.vocab_size not in (None, target.vocab_size):
-            raise ConfigError(
-                f"draft.vocab_size is {draft.vocab_size}, the target's {target.vocab_size}: leave the draft's out"
-            )
+        self.check_draft(target.vocab_size)
         return dataclasses.replace(
             draft,
             vocab_size=target.vocab_size,
@@ -167,6 +170,12 @@ class Context:
             eos_ids=target.eos_ids,
             max_positions=target.max_positions,
         )
+
+    def check_draft(self, vocabulary: int | None) -> None:
+        """Raises ConfigError where the recipe's draft does not take a target's vocabulary of this size."""
+        own = self.recipe.draft.vocab_size
+        if None not in (own, vocabulary) and own != vocabulary:
+            raise ConfigError(f"draft.vocab_size is {own}, the target's {vocabulary}: leave the draft's out")
 
     def seed(self, stage: Train) -> int:
         """A Train stage's own seed, or the recipe's."""

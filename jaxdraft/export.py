@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft import __version__
+from jaxdraft.data.records import MANIFEST
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.collect import of_smallest_batch
 from jaxdraft.evaluate.words import decoding
+from jaxdraft.licences import TERMS, source_licences
 from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.folder import INDEX, WEIGHTS
@@ -80,6 +82,7 @@ def export_stage(
             "seed": made["seed"],
             "settings and data (sha256)": made["fingerprint"],
             "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
+            **_licences(run, recipe),
         }
     config, params = load_model(folder)
     return export_model(
@@ -93,6 +96,18 @@ def export_stage(
         evaluations=evaluations,
         vocabulary=vocabulary,
     )
+
+
+def _licences(run: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """For the model card: of the target, what it asks of models that learn from it, and of the data."""
+    found = {}
+    if (record := run / "run.json").is_file() and (target := read_json(record).get("target_licence")):
+        found["licence of the target"] = target
+        if terms := TERMS.get(target):
+            found["it says"] = f"{terms.clause} ({terms.where})"
+    manifests = [path for stage in recipe["stages"] if (path := run / stage["name"] / MANIFEST).is_file()]
+    data = [licence for path in manifests for licence in source_licences(read_json(path))]
+    return found | ({"licences of the data": ", ".join(dict.fromkeys(data))} if data else {})
 
 
 def export_untrained(
@@ -126,7 +141,7 @@ def export_untrained(
     if draft.num_parameters >= model.num_parameters:
         raise ConfigError(f"{shape} has {draft.num_parameters:,} parameters, {target} only {model.num_parameters:,}")
     provenance = {"recipe": "none: untrained", "target": target.name, "shape": shape, "seed": seed}
-    params = init_params(draft, jax.random.key(seed))
+    params = init_params(draft, jax.random.key(seed, impl="threefry2x32"))
     return export_model(out, draft, params, target, dtype=dtype, block_size=block_size, provenance=provenance)
 
 

@@ -72,6 +72,7 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> t
         total=total,
         desc=description,
         unit=unit,
+        unit_scale=unit == "B",
         initial=initial,
         dynamic_ncols=True,
         mininterval=0.5 if watched else 30,

@@ -9,7 +9,7 @@ from jaxdraft.recipe import DraftVocabulary, Evaluate, Export, Generate, Prepare
 TEXT = (PythonLibrary("text", limit=60),)
 
 
-def recipe(*, steps: int = 6):
+def recipe(*, steps: int = 6, questions: int = 6):
     prompts = PythonTask("open", split="eval", limit=3, max_tokens=100)
     return Recipe(
         title="Tiny",
@@ -32,7 +32,7 @@ def recipe(*, steps: int = 6):
             Train("pretrain", data="corpus", loss=CrossEntropy(), steps=steps, batch_size=10, save_every=2),
             Generate(
                 "responses",
-                prompts=(PythonTask("open", split="seed", limit=6, max_tokens=100),),
+                prompts=(PythonTask("open", split="seed", limit=questions, max_tokens=100),),
                 length=64,
                 temperatures=(0.0, 1.0),
                 max_new_tokens=16,

@@ -19,25 +19,33 @@ import numpy as np
 from safetensors.numpy import load_file
 
 
-def run(recipe, workdir, processes, devices, *arguments, timeout=3000):
-    """Runs a recipe, returns what its processes wrote to standard error; raises RuntimeError with it if one fails."""
-    address = f"127.0.0.1:{free_port()}"
+def start(recipe, workdir, processes, devices, *arguments):
+    """Starts a recipe as so many processes; each writes what it says to ``log_of(workdir, index)``."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
     command = [sys.executable, "-m", "jaxdraft.cli", "run", str(recipe), "--workdir", str(workdir), *arguments]
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    logs = [workdir.with_name(f"{workdir.name}.{index}.log") for index in range(processes)]
     started = []
-    for index, log in enumerate(logs):
+    for index in range(processes):
         own = {**environment, **job, "JAX_PROCESS_ID": str(index)} if processes > 1 else environment
-        with log.open("w") as file:
+        with log_of(workdir, index).open("w") as file:
             started.append(subprocess.Popen(command, stdout=file, stderr=file, env=own))
+    return started
+
+
+def log_of(workdir, index):
+    return workdir.with_name(f"{workdir.name}.{index}.log")
+
+
+def run(recipe, workdir, processes, devices, *arguments, timeout=3000):
+    """Runs a recipe, returns what its processes wrote to standard error; raises RuntimeError with it if one fails."""
+    started = start(recipe, workdir, processes, devices, *arguments)
     try:
         codes = [process.wait(timeout) for process in started]
     finally:
         for process in started:
             process.kill()
-    texts = [log.read_text() for log in logs]
+    texts = [log_of(workdir, index).read_text() for index in range(processes)]
     if any(codes):
         raise RuntimeError(f"exit codes {codes}\n" + "\n".join(text[-3000:] for text in texts))
     return texts

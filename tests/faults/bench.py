@@ -31,7 +31,7 @@ REPEATABLE = (
 )
 REPEATABLE += ("*/*.array_record", "*/manifest.json", "*/*.safetensors", "*/*/*.safetensors", "*/tokenizer*")
 # Of results, what is no time and follows from none.
-TIMES = ("second", "latency", "token_rate", "predicted", "best_block", "tpot", "measured")
+TIMES = ("second", "latency", "token_rate", "predicted", "best_block", "tpot", "measured", "by_time")
 
 
 class Outcome(NamedTuple):

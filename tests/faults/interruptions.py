@@ -1,1 +1,228 @@
-"""Processes killed, stopped and restarted: F1 to F4, F12, F15."""
+"""Processes killed and stopped: F1 to F4."""
+
+import functools
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.distributed import layouts
+from tests.faults.bench import RECIPE, Bench, Outcome, fault, hashes, run, start
+from tests.faults.progress import newest_checkpoint, opened, progress, status
+
+# Long enough for many signals to land inside every stage.
+STEPS = 24
+LONGER = ("--set", f"steps={STEPS}", "--set", "questions=30")
+KILLED = ("corpus", "pretrain", "responses", "distill", "evaluate", "export")
+SHIM = Path(__file__).with_name("kill_at.c")
+# Where calls are counted, and up to which: a save of a checkpoint is about 90, a shard with its record about 12.
+WRITING = {"corpus": 16, "target/checkpoints": 130, "responses": 16}
+# The promise is 5 s and 30 s; a process that never ends is ended.
+ONE_STOPS, ALL_STOP, NEVER = 5.0, 30.0, 180.0
+
+
+class Struck(NamedTuple):
+    """What became of a process that was sent a signal.
+
+    Attributes:
+      running: whether it was in the stage that was meant.
+      progress: how far the stage had come.
+      code: its exit code.
+      seconds: from the signal to its end.
+      said: on standard error.
+    """
+
+    running: bool
+    progress: int
+    code: int
+    seconds: float
+    said: str
+
+
+@functools.cache
+def longer(bench: Bench) -> Path:
+    """The recipe with ``LONGER``, run by one process that nothing happened to."""
+    workdir = bench.folder / "longer"
+    done = run(workdir, *LONGER)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def strike(
+    bench: Bench,
+    workdir: Path,
+    stage: str,
+    number: signal.Signals,
+    *,
+    when: Callable[[Path], bool] = lambda folder: True,
+    within: float = 0.02,
+    **environment: str,
+) -> Struck:
+    """Starts the command and sends it a signal in a stage, when its folder says so and a random moment later.
+
+    Args:
+      within: that moment in seconds, at most.
+    """
+    folder = workdir / stage
+    before = opened(folder)
+    process = start(workdir, *LONGER, **environment)
+    while process.poll() is None and not (opened(folder) != before and when(folder)):
+        time.sleep(0.002)
+    time.sleep(bench.random.uniform(0, within))
+    running, came, sent = status(folder) == "running", progress(folder), time.monotonic()
+    process.send_signal(number)
+    try:
+        said = process.communicate(timeout=NEVER)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said = process.communicate()[1]
+    return Struck(running and process.returncode != 0, came, process.returncode, time.monotonic() - sent, said)
+
+
+def come_to(at: int) -> Callable[[Path], bool]:
+    return lambda folder: progress(folder) >= at
+
+
+def moments(bench: Bench, steps: int, count: int) -> list[int]:
+    """So many places among a stage's steps, the first to be reached first."""
+    return sorted(bench.random.randrange(steps) for _ in range(count))
+
+
+def differing(found: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """What is missing, extra or other than in the undisturbed run."""
+    return [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+
+
+def finished(workdir: Path, expected: Path) -> list[str]:
+    """Runs to the end; returns what is then otherwise than expected."""
+    done = run(workdir, *LONGER)
+    return [done.stderr[-300:]] if done.returncode else differing(hashes(workdir), hashes(expected))
+
+
+@fault("F1", "SIGKILL at random times in prepare, pretrain, generate, distill, evaluate and export", slow=True)
+def killed(bench: Bench) -> Outcome:
+    reference, workdir = longer(bench), bench.new("killed")
+    landed: dict[str, list[int]] = {stage: [] for stage in KILLED}
+    for stage in KILLED:
+        for at in moments(bench, progress(reference / stage) or 1, bench.effort):
+            # A third of them while it loads, compiles and restores.
+            early = bench.random.random() < 0.3
+            when = come_to(0 if early else at)
+            struck = strike(bench, workdir, stage, signal.SIGKILL, when=when, within=1.0 if early else 0.02)
+            landed[stage] += [struck.progress] if struck.running else []
+    wrong = finished(workdir, reference)
+    held = sum(len(landed[stage]) for stage in KILLED if not any(name.split("/")[0] == stage for name in wrong))
+    places = ", ".join(f"{stage} {len(times)} at {len(set(times))} places" for stage, times in landed.items())
+    return Outcome(sum(map(len, landed.values())), held, "; ".join([places, *wrong]))
+
+
+@fault("F2", "SIGKILL at a file-system call of a save, of a row shard's or an answer shard's commit", slow=True)
+def killed_at_a_call(bench: Bench) -> Outcome:
+    reference, workdir, shim = longer(bench), bench.new("calls"), bench.new("kill_at").with_suffix(".so")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, SHIM, "-ldl"], check=True)
+    injected = held = 0
+    notes = []
+    for below, calls_made in WRITING.items():
+        calls = set()
+        for _ in range(bench.effort):
+            before = newest_checkpoint(workdir / "target")
+            at = bench.random.randint(1, calls_made)
+            shimmed = {"LD_PRELOAD": str(shim), "KILL_BELOW": f"{workdir}/{below}/", "KILL_AT": str(at)}
+            done = run(workdir, *LONGER, **shimmed)
+            landed = done.returncode == -signal.SIGKILL
+            kept = newest_checkpoint(workdir / "target") >= before and "checkpoint skipped" not in done.stderr
+            injected, held = injected + landed, held + (landed and kept)
+            calls |= {at} if landed else set()
+            notes += [] if kept else [f"call {at}: {done.stderr[-300:]}"]
+        notes.append(f"{below}: {len(calls)} calls")
+    wrong = finished(workdir, reference)
+    return Outcome(injected, 0 if wrong else held, "; ".join(notes + wrong))
+
+
+# What a stage's folder shows when it is in the midst of it, and for how long at least.
+STOPPED: dict[str, tuple[str, Callable[[Path], bool], float]] = {
+    "prepare": ("corpus", come_to(0), 0.1),
+    "compile": ("target", come_to(0), 1.0),
+    "train": ("pretrain", come_to(1), 0.05),
+    "generate": ("responses", come_to(1), 0.05),
+    "save": ("distill", lambda folder: any(folder.glob("checkpoints/*tmp*")), 0.0),
+    "evaluate": ("evaluate", come_to(1), 2.0),
+}
+
+
+@fault("F3", "SIGTERM in prepare, compile, train, save, generate and evaluate", slow=True)
+def stopped(bench: Bench) -> Outcome:
+    reference, workdir = longer(bench), bench.new("stopped")
+    injected = held = 0
+    notes, slowest = [], 0.0
+    for what, (stage, when, within) in STOPPED.items():
+        for i in range(bench.effort):
+            cold = {"JAX_COMPILATION_CACHE_DIR": str(bench.new("cold"))} if what == "compile" else {}
+            struck = strike(bench, workdir, stage, signal.SIGTERM, when=when, within=within, **cold)
+            if not struck.running:
+                continue
+            folder, steps = workdir / stage, progress(workdir / stage)
+            saved = what not in ("train", "save") or newest_checkpoint(folder) == steps >= struck.progress
+            promised = struck.code == 75 and struck.seconds < ONE_STOPS and saved
+            injected, held, slowest = injected + 1, held + promised, max(slowest, struck.seconds)
+            if not promised:
+                notes.append(
+                    f"{what} {i}: exit {struck.code} after {struck.seconds:.1f} s, step {newest_checkpoint(folder)} "
+                    f"saved of {steps}: {struck.said[-300:]}"
+                )
+    wrong = finished(workdir, reference)
+    return Outcome(injected, 0 if wrong else held, "; ".join([f"at most {slowest:.1f} s to the exit", *notes, *wrong]))
+
+
+# To which of two processes, and what they are to exit with.
+SENT: dict[str, tuple[signal.Signals, Sequence[int]]] = {
+    "SIGTERM to the lead": (signal.SIGTERM, (0,)),
+    "SIGTERM to the other": (signal.SIGTERM, (1,)),
+    "Ctrl-C": (signal.SIGINT, (0, 1)),
+    "SIGKILL of the lead": (signal.SIGKILL, (0,)),
+    "SIGKILL of the other": (signal.SIGKILL, (1,)),
+}
+
+
+@fault("F4", "SIGTERM to one of two processes, Ctrl-C to both, SIGKILL of a peer", slow=True)
+def one_of_two(bench: Bench) -> Outcome:
+    count = max(len(SENT), bench.effort)
+    steps = 4 * (count + 1)
+    arguments = ("--set", f"target.steps={steps}", "--only", "tokenizer", "corpus", "target")
+    reference, workdir = bench.new("two"), bench.new("one-of-two")
+    layouts.run(RECIPE, reference, 2, 1, *arguments)
+    held, notes, slowest = 0, [], {number: 0.0 for number, _ in SENT.values()}
+    folder = workdir / "target"
+    for i in range(count):
+        what, (number, whom) = list(SENT.items())[i % len(SENT)]
+        started = layouts.start(RECIPE, workdir, 2, 1, *arguments)
+        try:
+            before = opened(folder)
+            while opened(folder) == before or progress(folder) < 4 * (i + 1):
+                assert all(process.poll() is None for process in started), _said(workdir)
+                time.sleep(0.002)
+            sent = time.monotonic()
+            for index in whom:
+                started[index].send_signal(number)
+            codes = [process.wait(NEVER) for process in started]
+            slowest[number] = max(slowest[number], seconds := time.monotonic() - sent)
+        finally:
+            for process in started:
+                process.kill()
+        if number == signal.SIGKILL:
+            promised = 0 not in codes
+        else:
+            promised = codes == [75, 75] and seconds < ALL_STOP and newest_checkpoint(folder) == progress(folder)
+        held += promised
+        if not promised:
+            notes.append(f"{what}: exits {codes} after {seconds:.0f} s, {newest_checkpoint(folder)}: {_said(workdir)}")
+    layouts.run(RECIPE, workdir, 2, 1, *arguments)
+    wrong = differing(hashes(workdir), hashes(reference))
+    longest = ", ".join(f"{number.name} {seconds:.1f} s" for number, seconds in slowest.items())
+    return Outcome(count, 0 if wrong else held, "; ".join([f"to the last exit at most {longest}", *notes, *wrong]))
+
+
+def _said(workdir: Path) -> str:
+    return " | ".join(layouts.log_of(workdir, index).read_text()[-300:] for index in range(2))
