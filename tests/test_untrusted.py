@@ -327,6 +327,7 @@ def test_secrets_reach_no_file_and_no_message(good, tmp_path, monkeypatch, capfd
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "recipe.py").write_text(RECIPE.format(target=str(good), messages=MESSAGES))
+    monkeypatch.setattr(logging.root, "handlers", [])  # as when the command starts
     run = ["run", str(tmp_path / "recipe.py"), "--workdir"]
     url = "http://user:pass-word-1@127.0.0.1:9/v1"
     assert main([*run, str(tmp_path / "a"), "--set", f"title={SECRETS['OPENAI_API_KEY']} token=planted-1"]) == 0
@@ -335,6 +336,7 @@ def test_secrets_reach_no_file_and_no_message(good, tmp_path, monkeypatch, capfd
     assert main(["inspect", f"https://host/x?key=planted-3&sig=planted-4&api_key={SECRETS['WANDB_API_KEY']}"]) == 2
     logging.getLogger("anyone").warning("Authorization: Bearer %s", SECRETS["AWS_SECRET_ACCESS_KEY"])
     said = "".join(capfd.readouterr())
+    assert "WARNING: Authorization: Bearer (secret)" in said
     written = {path: path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()}
     assert "(secret)" in written[tmp_path / "a" / "run.json"]
     assert "(secret)" in written[tmp_path / "a" / "recipe.json"]
