@@ -45,7 +45,7 @@ from tests.data.test_sources import write_array_record
 
 EXAMPLES = int(os.environ.get("JAXDRAFT_FUZZ", "0"))
 FEW = 25
-ROOM = 2 << 30  # bytes of address space that a loader may take besides
+ROOM = 4 << 30  # bytes of address space that a loader may take besides: its threads reserve some
 SECONDS = 60  # that one change may take; a hang ends the process with its stack
 ROWS = [{"id": str(i), "text": f"Text {i}.\n" * 9, "prompt": f"Say {i}."} for i in range(20)]
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
