@@ -1,6 +1,7 @@
 """Processes killed and stopped: F1 to F4."""
 
 import functools
+import shutil
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.distributed import layouts
-from tests.faults.bench import RECIPE, Bench, Outcome, fault, hashes, run, start
+from tests.faults.bench import RECIPE, Bench, Outcome, called, fault, hashes, run, start
 from tests.faults.progress import newest_checkpoint, opened, progress, status
 
 # Long enough for many signals to land inside every stage.
@@ -58,6 +59,7 @@ def strike(
     *,
     when: Callable[[Path], bool] = lambda folder: True,
     within: float = 0.02,
+    arguments: Sequence[str] = LONGER,
     **environment: str,
 ) -> Struck:
     """Starts the command and sends it a signal in a stage, when its folder says so and a random moment later.
@@ -67,7 +69,7 @@ def strike(
     """
     folder = workdir / stage
     before = opened(folder)
-    process = start(workdir, *LONGER, **environment)
+    process = start(workdir, *arguments, **environment)
     while process.poll() is None and not (opened(folder) != before and when(folder)):
         time.sleep(0.002)
     time.sleep(bench.random.uniform(0, within))
@@ -99,6 +101,37 @@ def finished(workdir: Path, expected: Path) -> list[str]:
     """Runs to the end; returns what is then otherwise than expected."""
     done = run(workdir, *LONGER)
     return [done.stderr[-300:]] if done.returncode else differing(hashes(workdir), hashes(expected))
+
+
+def saved(folder: Path) -> bool:
+    """Whether the last step that a Train stage wrote down has a checkpoint."""
+    return newest_checkpoint(folder) == progress(folder)
+
+
+@fault("F1", "SIGKILL while a draft is distilled")
+def killed_once(bench: Bench) -> Outcome:
+    return _distilled(bench, signal.SIGKILL, lambda struck, folder: True)
+
+
+@fault("F3", "SIGTERM while a draft is distilled")
+def stopped_once(bench: Bench) -> Outcome:
+    return _distilled(bench, signal.SIGTERM, _as_promised)
+
+
+def _as_promised(struck: Struck, folder: Path) -> bool:
+    return struck.code == 75 and struck.seconds < ONE_STOPS and saved(folder)
+
+
+def _distilled(bench: Bench, number: signal.Signals, promised: Callable[[Struck, Path], bool]) -> Outcome:
+    """One signal in a stage that goes on beside all that was done before it."""
+    workdir, only = bench.new("distilled"), ("--only", "distill")
+    shutil.copytree(bench.undisturbed, workdir, ignore=shutil.ignore_patterns("distill", "evaluate", "export"))
+    struck = strike(bench, workdir, "distill", number, when=come_to(1), arguments=only)
+    code, said = called("run", str(RECIPE), "--workdir", str(workdir), *only)
+    of_stage = lambda found: {name: digest for name, digest in found.items() if name.startswith("distill/")}
+    is_same = code == 0 and of_stage(hashes(workdir)) == of_stage(bench.expected)
+    is_held = struck.running and promised(struck, workdir / "distill") and is_same
+    return Outcome(int(struck.running), int(is_held), f"at step {struck.progress}; {said[-300:] if code else ''}")
 
 
 @fault("F1", "SIGKILL at random times in prepare, pretrain, generate, distill, evaluate and export", slow=True)
