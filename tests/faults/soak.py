@@ -26,7 +26,6 @@ from tests.faults.progress import status
 STAGES = ("tokenizer", "corpus", "target", "pretrain", "responses", "vocabulary", "distill", "evaluate", "export")
 # What a run reads again when it goes on, stage by stage.
 FRAGILE = ("checkpoints/*/**/*", "checkpoints/*.json", "responses-*", "rows-*")
-LONGEST = 12.0  # seconds until something happens to a process; the whole recipe takes twice that
 ROOM = 1024  # bytes that a file may have where the disk is full
 
 KILLED, STOPPED, FULL, LEFT = "SIGKILL", "SIGTERM", "disk full", "left alone"
@@ -45,7 +44,9 @@ class Soak:
     def __init__(self, folder: Path, seed: int):
         self._random = random.Random(seed)
         self._folder = folder
+        began = time.monotonic()
         self._expected = hashes(longer(Bench(folder, effort=1)))
+        self._longest = (time.monotonic() - began) / 2  # until something happens to a process
         self._damaged: set[Path] = set()  # folders with a file that nobody has found to be damaged yet
         self.events: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
@@ -76,7 +77,7 @@ class Soak:
         # Training as two is another run to the last bits; answers are the same.
         only = ("--only", at_hand) if processes > 1 else ()
         started = layouts.start(RECIPE, workdir, processes, 1, *LONGER, *only)
-        time.sleep(self._random.uniform(0, LONGEST) if fault != LEFT else 0)
+        time.sleep(self._random.uniform(0, self._longest) if fault != LEFT else 0)
         for process in started:
             if fault == FULL and process.poll() is None:
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (ROOM, ROOM))
