@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -12,6 +13,24 @@ def integers(text: str) -> tuple[int, ...]:
 def numbers(text: str) -> tuple[float, ...]:
     """``0,0.6``: numbers of at least 0, each once."""
     return _each(text, float, lambda value: 0 <= value < math.inf, "numbers of at least 0 with commas, as in 0,0.6")
+
+
+def number(text: str) -> float:
+    """A number of at least 0."""
+    return _one(text, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    return _one(text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def folder(text: str) -> Path:
+    """Where a folder is or will be."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: name a folder")
+    return path
 
 
 def checkpoints(text: str) -> tuple[int, ...]:
@@ -46,6 +65,16 @@ def whole(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 0")
     return int(text)
+
+
+def _one(text, is_valid, what):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not is_valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: write {what}")
+    return value
 
 
 def _each(text, kind, is_valid, what):

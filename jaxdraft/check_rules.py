@@ -14,11 +14,13 @@ import jax
 import numpy as np
 from safetensors import safe_open
 
+from jaxdraft import untrusted
 from jaxdraft.models import ModelConfig
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.folder import D2T, read_json, weight_files
 from jaxdraft.models.hf import check_weights, load_config, load_model
-from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, read_sentencepiece, tokenizer_files
+from jaxdraft.tokenizer_backends import read_sentencepiece
+from jaxdraft.tokenizers import Tokenizer, differences, load_tokenizer, tokenizer_files
 
 ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
 SERVERS = ("vllm", "sglang")
@@ -134,7 +136,7 @@ def _stored_vocab(folder: Path) -> str:
     """What llama.cpp's converter makes of a Llama's tokenizer: of a tokenizer.json, SPM only with byte fallback."""
     if (folder / "tokenizer.model").is_file():
         return "SPM"
-    raw = read_json(folder / "tokenizer.json")
+    raw = untrusted.read_json(folder / "tokenizer.json", limit=untrusted.TOKENIZER_BYTES)
     model, decoder = raw.get("model") or {}, raw.get("decoder") or {}
     as_spm = model.get("type") == "BPE" and model.get("byte_fallback") and decoder.get("type") == "Sequence"
     return "SPM" if as_spm else "BPE"

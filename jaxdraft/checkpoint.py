@@ -26,6 +26,11 @@ _TEMPORARY = "orbax-checkpoint-tmp"  # behind the step, in the name of a folder 
 _NAMED = 3  # damaged files
 
 
+def saved_fingerprint(folder: Path, step: int) -> list[int]:
+    """The fingerprint that a checkpoint was saved with, as orbax writes it beside the arrays."""
+    return json.loads((folder / str(step) / "meta" / "metadata").read_text("utf-8"))["fingerprint"]
+
+
 class _Foreign(ConfigError):
     """A checkpoint is whole, and another run's."""
 

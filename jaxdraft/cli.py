@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdraft import __version__
-from jaxdraft.arguments import checkpoints, integers, numbers, positive, seed, step_range, whole
+from jaxdraft.arguments import checkpoints, folder, integers, number, numbers, positive, seed, share, step_range, whole
+from jaxdraft.cli_runs import add_runs
 from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
 from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.redaction import RedactingFormatter, redacted
+from jaxdraft.untrusted import printable
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
 _MODEL = "Hugging Face folder, or owner/name[@revision] on the hub,"
@@ -51,25 +54,19 @@ The first counts parameters, tokens, storage, operations and hours. It reads no 
 target's config.json is enough. The second also compiles the programs of these stages for TPUs that need not be there,
 which takes a minute or more each, and says what they take of each chip. This needs the TPU compiler:
 EXTRAS=tpu bash launch/setup.sh"""
-INSPECT_EXAMPLE = """examples:
-  jaxdraft inspect MODEL_FOLDER
-  jaxdraft inspect runs/quickstart
-  jaxdraft inspect runs/quickstart --stage corpus --rows 2
-  jaxdraft inspect gs://bucket/run --stage responses --seed 7
-
-With --stage you read what the draft will read: packed rows, or what the target answered, decoded with the special
-tokens. Dimmed, or between ‹ and ›, stand prompts and whatever else is no label. The same seed shows the same rows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 error, 2 configuration, 75 run it again."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     _keep_compiled_programs()
     try:
-        options.verb(options, ["jaxdraft", *arguments])
+        return options.verb(options, ["jaxdraft", *arguments]) or DONE
     except ConfigError as error:
         return _fail(WRONG, str(error))
     except Interrupted as error:
@@ -111,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="10:20",
         help="trace these steps of each Train stage into its folder profile/, for TensorBoard or Perfetto",
     )
+    run.add_argument("--accept-license", action="store_true", help="go on though the target's licence forbids it")
     run.add_argument("--list", action="store_true", help="list the stages and their state, and stop")
     run.add_argument("--dry-run", action="store_true", help="say what would run and with which settings, and stop")
 
@@ -158,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
         "--predict-up-to", type=whole, default=10, metavar="γ", help="largest γ to predict a speed-up for (default: 10)"
     )
     evaluate.add_argument(
-        "--out", type=Path, default=Path("evaluation"), help="gets results.json and samples.jsonl (default: evaluation)"
+        "--out",
+        type=folder,
+        default=Path("evaluation"),
+        help="gets results.json and samples.jsonl (default: evaluation)",
     )
 
     sample = verb(
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_pair(sample, draft_required=False)
     sample.add_argument("--block-size", type=positive, default=5, help="draft tokens per block (default: 5)")
-    sample.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sample.add_argument("--temperature", type=number, default=0.0, help="0 is greedy (default)")
     _add_decoding(sample)
     _add_speculation(sample)
     add_sample(sample)
@@ -177,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--untrained", action="store_true", help="random weights, with --target and --shape")
     export.add_argument("--target", help="with --untrained: the model the draft is to be for")
     export.add_argument("--shape", default="50M", help="with --untrained: a preset's name or a size (default: 50M)")
-    export.add_argument("--out", type=Path, required=True, help="the folder to write")
+    export.add_argument("--out", type=folder, required=True, help="the folder to write")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     export.add_argument(
         "--vocabulary",
@@ -211,11 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
-    inspect = verb("inspect", _inspect, "say what a model folder or a run directory holds", INSPECT_EXAMPLE)
-    inspect.add_argument("folder", help="a model folder, owner/name[@revision] on the hub, or a run directory")
-    inspect.add_argument("--stage", help="of a run directory: a stage that made rows or answers, to read some of them")
-    inspect.add_argument("--rows", type=positive, help="with --stage: how many, chosen at random (default: 3)")
-    inspect.add_argument("--seed", type=seed, help="with --stage: of the choice (default: 0)")
+    add_runs(verb, parser.parse_args)
     return parser
 
 
@@ -225,7 +222,7 @@ def _add_pair(parser: argparse.ArgumentParser, draft_required: bool) -> None:
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, everything)")
+    parser.add_argument("--top-p", type=share, default=1.0, help="nucleus (default: 1, everything)")
     parser.add_argument("--top-k", type=whole, default=0, help="most likely tokens kept (default: 0, all)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="per prompt (default: 128)")
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
@@ -249,6 +246,7 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.distributed import initialize
+    from jaxdraft.licences import check_licence, objection, target_licence
     from jaxdraft.recipe_file import load_recipe
     from jaxdraft.remote import is_url
     from jaxdraft.run import plan_all, run
@@ -257,6 +255,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
     recipe = load_recipe(options.recipe, options.set)
     if options.list or options.dry_run:
+        if told := objection(recipe, target_licence(recipe)):
+            print(f"note: {told}")
         chosen = {recipe.stage(name).name for name in options.only}
         for plan in plan_all(recipe, options.workdir):
             if chosen and plan.stage.name not in chosen:
@@ -265,9 +265,10 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             if options.dry_run and plan.state != "done":
                 print(f"    {plan.stage}")
         return
+    check_licence(recipe, options.workdir, options.accept_license)
     with owned(leaves=True):
         initialize()
-        report = run(recipe, options.workdir, options.only, command, options.profile)
+        report = run(recipe, options.workdir, options.only, command, options.profile, options.accept_license)
     if report is not None:
         print(report)
         if is_url(options.workdir):
@@ -366,21 +367,6 @@ def _plan(options: argparse.Namespace, command: list[str]) -> None:
     plan(options.recipe, options.set, options.hardware, options.topology, options.only, options.json)
 
 
-def _inspect(options: argparse.Namespace, command: list[str]) -> None:
-    if options.stage is not None:
-        from jaxdraft.home import open_home
-        from jaxdraft.inspect_rows import inspect_stage
-
-        inspect_stage(open_home(options.folder, None), options.stage, options.rows or 3, options.seed or 0)
-        return
-    if options.rows is not None or options.seed is not None:
-        raise ConfigError("--rows and --seed choose among a stage's rows: name the stage with --stage")
-    from jaxdraft.inspect import inspect
-    from jaxdraft.models.hub import model_folder
-
-    inspect(model_folder(options.folder))
-
-
 def _keep_compiled_programs() -> None:
     """XLA's compilations are kept between runs, where the user has not said otherwise."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/jaxdraft/xla").expanduser()))
@@ -388,7 +374,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"jaxdraft: {message}", file=sys.stderr)
+    print(printable(redacted(f"jaxdraft: {message}"), keep="\n\t"), file=sys.stderr)
     return code
 
 

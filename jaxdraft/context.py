@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from jaxdraft.models.hub import model_folder
 from jaxdraft.recipe import HFModel, Recipe, Train
 from jaxdraft.sharding import MESH_AXES, Load
 from jaxdraft.tokenizers import Tokenizer, load_tokenizer
+from jaxdraft.untrusted import read_json
 
 VOCABULARY = "draft_vocabulary.json"
 _TRAINED_BYTES = 16  # float32 weights, gradients and two moments
@@ -84,6 +84,12 @@ class Context:
     def target_hash(self) -> str:
         """Of all of them."""
         return hashlib.sha256("".join(self.target_hashes.values()).encode()).hexdigest()
+
+    @cached_property
+    def tokenizer_hashes(self) -> dict[str, str]:
+        """sha256 of each file that says how text is cut into tokens: of the same pieces, other merges cut otherwise."""
+        files = [self.tokenizer_folder / name for name in ("tokenizer.json", "tokenizer.model")]
+        return {file.name: sha256(file) for file in files if file.exists()}
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -156,10 +162,7 @@ class Context:
     def draft_config(self) -> ModelConfig:
         """The recipe's draft with the target's vocabulary, BOS, EOS and longest sequence."""
         target, draft = self.target_config(), self.recipe.draft
-        if draft.vocab_size not in (None, target.vocab_size):
-            raise ConfigError(
-                f"draft.vocab_size is {draft.vocab_size}, the target's {target.vocab_size}: leave the draft's out"
-            )
+        self.check_draft(target.vocab_size)
         return dataclasses.replace(
             draft,
             vocab_size=target.vocab_size,
@@ -168,13 +171,19 @@ class Context:
             max_positions=target.max_positions,
         )
 
+    def check_draft(self, vocabulary: int | None) -> None:
+        """Raises ConfigError where the recipe's draft does not take a target's vocabulary of this size."""
+        own = self.recipe.draft.vocab_size
+        if None not in (own, vocabulary) and own != vocabulary:
+            raise ConfigError(f"draft.vocab_size is {own}, the target's {vocabulary}: leave the draft's out")
+
     def seed(self, stage: Train) -> int:
         """A Train stage's own seed, or the recipe's."""
         return self.recipe.seed if stage.seed is None else stage.seed
 
     def draft_vocabulary(self, stage: str) -> tuple[int, ...]:
         """The tokens that a DraftVocabulary stage chose."""
-        return tuple(json.loads((self.folder(stage) / VOCABULARY).read_text())["ids"])
+        return tuple(read_json(self.folder(stage) / VOCABULARY, fields={"ids": list})["ids"])
 
     def rows(self, stage: str) -> PackedRows:
         """The packed rows of a Prepare, Generate or Score stage.

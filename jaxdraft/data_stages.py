@@ -43,8 +43,7 @@ def run_score(stage: Score, context: Context) -> Outputs:
 
 def run_draft_vocabulary(stage: DraftVocabulary, context: Context) -> Outputs:
     target, rows = context.target_config(), context.rows(stage.data)
-    if stage.size > target.vocabulary:
-        raise ConfigError(f"{stage.name}: size is {stage.size}, the target's vocabulary {target.vocabulary}")
+    stage.check_size(target.vocabulary)
     counts_V = np.zeros(target.vocabulary, np.int64)
     with progress_bar(len(rows), stage.name, "row") as bar:
         for i in range(len(rows)):

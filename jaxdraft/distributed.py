@@ -57,7 +57,7 @@ def initialize() -> None:
         except RuntimeError as error:
             if "before any JAX calls" not in str(error):  # a test's or a notebook's, which has used its devices
                 raise
-    if jax.process_count() > 1:
+    if not is_alone():
         # The CPU's collectives wait for a process for ever, but only once it has been heard of.
         multihost_utils.sync_global_devices("initialize")
 
@@ -69,7 +69,7 @@ def is_alone() -> bool:
 
 def is_lead() -> bool:
     """Whether this process is the one that decides, logs and writes what is not cut over processes."""
-    return jax.process_index() == 0
+    return is_alone() or jax.process_index() == 0
 
 
 def on_lead(work: Callable[[], T]) -> T:
@@ -78,7 +78,7 @@ def on_lead(work: Callable[[], T]) -> T:
     Raises:
       ConfigError, Interrupted, OSError: as the lead's ``work`` did; of its other errors OSError on the others.
     """
-    if jax.process_count() == 1:
+    if is_alone():
         return work()
     if not is_lead():
         return _told(None)
@@ -100,14 +100,14 @@ def from_lead(values: Callable[[], Iterable[T]]) -> Iterator[T]:
 
 def from_all(*values: int) -> list[tuple[int, ...]]:
     """The numbers, each below 2³¹, of every process, in their order."""
-    if jax.process_count() == 1:
+    if is_alone():
         return [values]
     return [tuple(row) for row in multihost_utils.process_allgather(np.array(values, np.int32)).tolist()]
 
 
 def on_all(problem: str) -> list[str]:
     """What went wrong on any process, so that all of them do the same about it; empty where nothing did."""
-    if jax.process_count() == 1:
+    if is_alone():
         return [problem] if problem else []
     text = np.zeros(_PROBLEM_BYTES, np.uint8)
     told = np.frombuffer(problem.encode()[:_PROBLEM_BYTES], np.uint8)

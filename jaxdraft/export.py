@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft import __version__
+from jaxdraft.data.records import MANIFEST
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.collect import of_smallest_batch
 from jaxdraft.evaluate.words import decoding
+from jaxdraft.licences import TERMS, source_licences
 from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params
 from jaxdraft.models.folder import INDEX, WEIGHTS
@@ -23,6 +25,7 @@ from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hf_config import eos_json
 from jaxdraft.models.presets import preset
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
+from jaxdraft.untrusted import damaged, read_json
 
 CARD = "README.md"
 _MADE = "Made by jaxdraft for speculative decoding"
@@ -55,7 +58,9 @@ def export_stage(
         to be exported with.
     """
     record = run / stage / "stage.json"
-    made: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"status": "missing"}
+    made: dict[str, Any] = {"status": "missing"}
+    if record.exists():
+        made = read_json(record, fields={"status": str, "kind": str})
     if made["status"] != "done" or made["kind"] != "Train":
         trained = [p.parents[1].name for p in sorted(run.glob(f"*/{MODEL}/config.json"))]
         raise ConfigError(f"{run} has no finished Train stage {stage!r}; it has: {', '.join(trained) or 'none'}")
@@ -64,19 +69,21 @@ def export_stage(
         results = run / evaluation / stage / "results.json"
         if not results.exists():
             raise ConfigError(f"{results} does not exist: stage {evaluation!r} did not measure {stage!r}")
-        evaluations = of_smallest_batch(json.loads(results.read_text())["runs"])
-    recipe = json.loads((run / "recipe.json").read_text())
+        evaluations = of_smallest_batch(read_json(results, fields={"runs": list})["runs"])
+    recipe = read_json(run / "recipe.json", fields={"title": str, "target": object})
     target = recipe["target"]
     folder = run / stage / MODEL
-    provenance = {
-        "recipe": recipe["title"],
-        "target": target if isinstance(target, str) else Path(target["path"]).name,
-        "stage": stage,
-        "loss": made["settings"]["loss"]["type"],
-        "seed": made["seed"],
-        "settings and data (sha256)": made["fingerprint"],
-        "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
-    }
+    with damaged(record):
+        provenance = {
+            "recipe": recipe["title"],
+            "target": target if isinstance(target, str) else Path(target["path"]).name,
+            "stage": stage,
+            "loss": made["settings"]["loss"]["type"],
+            "seed": made["seed"],
+            "settings and data (sha256)": made["fingerprint"],
+            "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
+            **_licences(run, recipe),
+        }
     config, params = load_model(folder)
     return export_model(
         out,
@@ -89,6 +96,18 @@ def export_stage(
         evaluations=evaluations,
         vocabulary=vocabulary,
     )
+
+
+def _licences(run: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """For the model card: of the target, what it asks of models that learn from it, and of the data."""
+    found = {}
+    if (record := run / "run.json").is_file() and (target := read_json(record).get("target_licence")):
+        found["licence of the target"] = target
+        if terms := TERMS.get(target):
+            found["it says"] = f"{terms.clause} ({terms.where})"
+    manifests = [path for stage in recipe["stages"] if (path := run / stage["name"] / MANIFEST).is_file()]
+    data = [licence for path in manifests for licence in source_licences(read_json(path))]
+    return found | ({"licences of the data": ", ".join(dict.fromkeys(data))} if data else {})
 
 
 def export_untrained(
@@ -122,7 +141,7 @@ def export_untrained(
     if draft.num_parameters >= model.num_parameters:
         raise ConfigError(f"{shape} has {draft.num_parameters:,} parameters, {target} only {model.num_parameters:,}")
     provenance = {"recipe": "none: untrained", "target": target.name, "shape": shape, "seed": seed}
-    params = init_params(draft, jax.random.key(seed))
+    params = init_params(draft, jax.random.key(seed, impl="threefry2x32"))
     return export_model(out, draft, params, target, dtype=dtype, block_size=block_size, provenance=provenance)
 
 

@@ -258,6 +258,8 @@ def _source(stage: Generate, context: Context) -> dict[str, Any]:
         source["server"] = to_json(stage.server)
     if stage.writer != TARGET:
         source["writer"] = stage.writer
+    if known := [prompts.provenance() for prompts in stage.prompts if hasattr(prompts, "provenance")]:
+        source["prompts"] = known
     return source
 
 

@@ -7,8 +7,8 @@ used. Checkpoints never lie here; orbax writes and reads them there.
 """
 
 import contextlib
+import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,10 +16,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.lease import lease
+from jaxdraft.lease import is_held, lease
 from jaxdraft.remote import Bucket, Stamp, cache_folder, is_url
+from jaxdraft.untrusted import read_json
 
 CHECKPOINTS, RECORD, REPORT, SUPERSEDED = "checkpoints", "stage.json", "report", "superseded"
+LOCK = ".lock"  # held, with flock, by the run that works in the folder
 RUN_FILES = ("recipe.json", "run.json")
 BEGUN = (f"{CHECKPOINTS}/[0-9]*", "responses-*.json")
 
@@ -40,6 +42,18 @@ class Home:
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other machines' runs out, as the lock in ``folder`` does with this machine's."""
         return contextlib.nullcontext()
+
+    def is_held(self) -> bool:
+        """Whether a run is at work in it."""
+        lock = self.folder / LOCK
+        if not lock.is_file():
+            return False
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def fetch_records(self) -> None:
         """Brings ``recipe.json``, ``run.json``, the report and every ``stage.json`` up to date."""
@@ -110,6 +124,9 @@ class BucketHome(Home):
     def held(self) -> contextlib.AbstractContextManager[None]:
         return lease(self._bucket) if self._leads else contextlib.nullcontext()
 
+    def is_held(self) -> bool:
+        return is_held(self._bucket)
+
     def fetch_records(self) -> None:
         there = self._bucket.files()
         stages = {name.split("/")[0] for name in there if name.count("/") == 1 and name.endswith(f"/{RECORD}")}
@@ -133,7 +150,7 @@ class BucketHome(Home):
         if not patterns:
             self._forget(stage, there)
         copied, record = self._update(there), self.folder / stage / RECORD
-        outputs = json.loads(record.read_text()).get("outputs", {}) if record.exists() else {}
+        outputs = read_json(record).get("outputs", {}) if record.exists() else {}
         for file in copied:
             name = str(file.relative_to(self.folder / stage))
             with file.open("rb") as content:
@@ -190,7 +207,11 @@ class BucketHome(Home):
 
 def open_home(place: Path | str, process: int | None = 0) -> Home:
     """The home of a run directory given as a path, or as the URL of a folder in a bucket."""
-    return BucketHome(str(place), process) if is_url(place) else Home(Path(place))
+    if is_url(place):
+        return BucketHome(str(place), process)
+    if Path(place).exists() and not Path(place).is_dir():
+        raise ConfigError(f"{place} is a file: a run directory is a folder, made where there is none")
+    return Home(Path(place))
 
 
 def _next(stage: str, names: Sequence[str]) -> str:

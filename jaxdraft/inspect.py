@@ -1,16 +1,19 @@
 """``jaxdraft inspect``: what a model folder or a run directory holds, in a screenful."""
 
 import json
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxdraft.errors import ConfigError
-from jaxdraft.models.folder import opened, read_json, weight_files
+from jaxdraft.models.folder import opened, weight_files
 from jaxdraft.models.hf import load_config
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
+from jaxdraft.untrusted import check_fields, damaged, is_plain_name, printable, read_json
 
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, no character; separators of lines
+_RECIPE = {"title": str, "target": object, "seed": int, "stages": list}
+_STAGE = {"name": str, "kind": str}
+_RECORD = {"kind": str, "status": str, "seconds": object}
 
 
 def inspect(folder: Path) -> None:
@@ -36,17 +39,6 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def printable(text: str, keep: str = "") -> str:
-    """Text that a terminal takes for nothing but text: what controls it, or cannot be seen, is written as an escape.
-
-    Args:
-      text: from anywhere.
-      keep: control characters to leave as they are.
-    """
-    hidden = lambda c: unicodedata.category(c) in _HIDDEN and c not in keep
-    return "".join(c.encode("unicode_escape").decode() if hidden(c) else c for c in text)
-
-
 def _model(folder: Path) -> Iterator[tuple[str, str]]:
     config = load_config(folder)
     files, dtypes = weight_files(folder), set()
@@ -67,10 +59,10 @@ def _model(folder: Path) -> Iterator[tuple[str, str]]:
     yield "rotary embedding", f"theta {c.rope_theta:g}, {scaling}, {c.max_positions:,} positions"
     yield (
         "weights",
-        f"{len(files)} file(s), {', '.join(sorted(dtypes))}, {_bytes(sum(f.stat().st_size for f in files))}",
+        f"{len(files)} file(s), {', '.join(sorted(dtypes))}, {as_bytes(sum(f.stat().st_size for f in files))}",
     )
     cache = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_size
-    yield "cache", f"{_bytes(cache)} a token in bfloat16"
+    yield "cache", f"{as_bytes(cache)} a token in bfloat16"
     yield "BOS, EOS", f"{c.bos_id}, {', '.join(map(str, c.eos_ids)) or 'none'}"
     if (folder / "generation_config.json").is_file():
         yield "generation", json.dumps(read_json(folder / "generation_config.json"))
@@ -84,24 +76,51 @@ def _model(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _run(folder: Path) -> Iterator[tuple[str, str]]:
-    recipe = read_json(folder / "recipe.json")
-    target = recipe["target"]
-    yield "recipe", recipe["title"]
-    yield "target", target if isinstance(target, str) else target["path"]
-    yield "seed", str(recipe["seed"])
+    recipe = read_json(folder / "recipe.json", fields=_RECIPE)
+    with damaged(folder / "recipe.json"):
+        target = recipe["target"]
+        yield "recipe", recipe["title"]
+        yield "target", str(target if isinstance(target, str) else target["path"])
+        yield "seed", str(recipe["seed"])
+        for stage in recipe["stages"]:
+            check_fields(stage, _STAGE)
+            if not is_plain_name(stage["name"]):
+                raise ValueError(f"{stage['name']!r} is no stage's name")
+    if (folder / "run.json").is_file():
+        with damaged(folder / "run.json"):
+            yield from _made_with(read_json(folder / "run.json"))
     for stage in recipe["stages"]:
         place = folder / stage["name"]
         if not (place / "stage.json").is_file():
             yield stage["name"], f"{stage['kind']}, not run"
             continue
-        record = read_json(place / "stage.json")
+        record = read_json(place / "stage.json", fields=_RECORD)
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        facts = [f"{name} {value}" for name, value in record.get("summary", {}).items() if not isinstance(value, dict)]
-        told = [record["kind"], record["status"], f"{record['seconds']:.1f} s", _bytes(size), *facts]
+        with damaged(place / "stage.json"):
+            summary = record.get("summary", {}).items()
+            facts = [f"{name} {value}" for name, value in summary if not isinstance(value, dict)]
+            told = [record["kind"], record["status"], f"{record['seconds']:.1f} s", as_bytes(size), *facts]
         yield stage["name"], ", ".join(told)
 
 
-def _bytes(count: int) -> str:
+def _made_with(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The essential of ``run.json``."""
+    yield "command", " ".join(run["command"]) or "none: run from Python"
+    git = f" ({run['git']})" if run["git"] else ""
+    yield "software", f"jaxdraft {run['jaxdraft']}{git}, jax {run['packages']['jax']}, Python {run['python']}"
+    if run["xla_flags"]:
+        yield "XLA_FLAGS", run["xla_flags"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
+    yield (
+        "devices",
+        f"{len(run['devices'])} {run.get('device_kind', '')} in {run['processes']} process(es), mesh {mesh}",
+    )
+    if licence := run.get("target_licence"):
+        yield "target's licence", licence + (", accepted" if run.get("accepted_licence") else "")
+
+
+def as_bytes(count: int) -> str:
+    """A number of bytes to three digits: "1.25 MB"."""
     size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

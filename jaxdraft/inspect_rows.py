@@ -15,19 +15,24 @@ from typing import Any
 import numpy as np
 
 from jaxdraft.data.quarantine import QUARANTINE
-from jaxdraft.data.records import MANIFEST, PackedRows
+from jaxdraft.data.records import MANIFEST, PackedRows, read_manifest
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.evaluate.words import decoding
 from jaxdraft.home import Home
-from jaxdraft.inspect import print_facts, printable
+from jaxdraft.inspect import print_facts
 from jaxdraft.models.hub import model_folder
 from jaxdraft.tokenizers import Tokenizer, common_prefix, load_tokenizer
+from jaxdraft.untrusted import bounded_lines, check_fields, damaged, is_plain_name, printable, read_json
 
 _ACCOUNT = "answers.json"
 _WITH_ROWS = ("Prepare", "Subset", "Generate", "Score")
+_REMEDY = "delete it and run the recipe again"
 _SET_ASIDE = 5  # rows of the quarantine that are shown
-_MANIFEST = ("format", "length", "rows", "tokens", "labels", "columns", "tokenizer", "counts", "shards")
-_OF_ANSWERS = ("prompts", "answers", "writers", "finish", "duplicates", "tokens", "lengths", "shards")
+_OF_ANSWERS = {"prompts": dict, "answers": dict, "writers": dict, "finish": dict, "duplicates": int, "tokens": int}
+_OF_ANSWERS |= {"lengths": dict, "shards": list}
+_OF_LINE = {"id": str, "writer": str, "prompt": str, "temperature": object, "top_p": object}
+_OF_ANSWER = {"finish": str, "prompt_tokens": list, "tokens": list}
+_RECIPE = {"stages": list, "target": object, "tokenizer": object}
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
@@ -47,29 +52,38 @@ def inspect_stage(home: Home, name: str, count: int, seed: int) -> None:
     home.fetch_records()
     if not (home.folder / "recipe.json").is_file():
         raise ConfigError(f"{home} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
-    recipe = _read_json(home.folder / "recipe.json", "stages", "target", "tokenizer")
+    recipe = _read_json(home.folder / "recipe.json", _RECIPE)
     kind = _finished(home, name, recipe["stages"])
     tokenizer = _tokenizer(home, recipe)
     home.fetch(name, (MANIFEST, _ACCOUNT, QUARANTINE))
     folder, rng = home.folder / name, np.random.default_rng(seed)
-    if _read_json(folder / MANIFEST, *_MANIFEST)["tokenizer"] != tokenizer.fingerprint():
+    if read_manifest(folder)["tokenizer"] != tokenizer.fingerprint():
         raise ConfigError(f"{folder} was made with another tokenizer than {tokenizer.folder} holds now")
     if kind == "Generate":
-        account = _read_json(folder / _ACCOUNT, *_OF_ANSWERS)
-        print_facts(_account(account))
+        account = _read_json(folder / _ACCOUNT, _OF_ANSWERS)
+        with damaged(folder / _ACCOUNT, f": {_REMEDY}"):
+            print_facts(_account(account))
+            for shard in account["shards"]:
+                check_fields(shard, {"file": str, "answers": int, "sha256": str})
+            if not account["shards"] or not all(0 < shard["answers"] < 1 << 31 for shard in account["shards"]):
+                raise ValueError("no shards, or one without answers")
         _print_set_aside(folder / QUARANTINE)
         _print_answers(home, name, account["shards"], tokenizer, rng, count)
     else:
         home.fetch(name)
         packed = PackedRows(folder, verify=False)  # the hash of every shard is a lot to wait for
-        print_facts(_rows(packed.manifest))
+        with damaged(folder / MANIFEST, f": {_REMEDY}"):
+            print_facts(_rows(packed.manifest))
         _print_set_aside(folder / QUARANTINE)
         _print_rows(packed, tokenizer, rng, count)
 
 
 def _finished(home: Home, name: str, stages: Sequence[Mapping[str, Any]]) -> str:
     """The kind of a stage that is done and made rows."""
-    kinds = {stage["name"]: stage["kind"] for stage in stages}
+    with damaged(home.folder / "recipe.json", f": {_REMEDY}"):
+        for stage in stages:
+            check_fields(stage, {"name": str, "kind": str})
+        kinds = {stage["name"]: stage["kind"] for stage in stages}
     if name not in kinds:
         raise ConfigError(unknown_name("stage", name, list(kinds)))
     if kinds[name] not in _WITH_ROWS:
@@ -80,7 +94,7 @@ def _finished(home: Home, name: str, stages: Sequence[Mapping[str, Any]]) -> str
     record = home.folder / name / "stage.json"
     if not record.is_file():
         raise ConfigError(f"{name} has not run yet: `jaxdraft run` with this run directory makes it")
-    if (status := _read_json(record, "status")["status"]) != "done":
+    if (status := _read_json(record, {"status": str})["status"]) != "done":
         raise ConfigError(f"{name} is not done ({status}): the same `jaxdraft run` goes on with it")
     return kinds[name]
 
@@ -89,9 +103,14 @@ def _tokenizer(home: Home, recipe: Mapping[str, Any]) -> Tokenizer:
     """That of a stage or of a model folder, as the recipe says; without a word on it, the target's."""
     given = recipe["target"] if recipe["tokenizer"] is None else recipe["tokenizer"]
     if isinstance(given, str):
+        if not is_plain_name(given):
+            raise ConfigError(f"{home}/recipe.json: tokenizer {printable(given)!r} is no stage's name")
         home.fetch(given)
         return load_tokenizer(home.folder / given)
-    return load_tokenizer(model_folder(given["path"], given["revision"]))
+    with damaged(home.folder / "recipe.json", f": {_REMEDY}"):
+        check_fields(given, {"path": str, "revision": object})
+        path, revision = given["path"], given["revision"] and str(given["revision"])
+    return load_tokenizer(model_folder(path, revision))
 
 
 # Packed rows
@@ -111,10 +130,7 @@ def _rows(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _print_rows(packed: PackedRows, tokenizer: Tokenizer, rng: np.random.Generator, count: int) -> None:
     for number in sorted(rng.choice(len(packed), min(count, len(packed)), replace=False).tolist()):
-        try:
-            row = packed[number]
-        except RuntimeError as error:  # array_record's, of a record whose hash does not match
-            raise ConfigError(f"{packed.folder}: row {number} is damaged ({error}); prepare the data again") from error
+        row = packed[number]
         segments, labels, last = row["segment_ids"], row["loss_mask"] > 0, int(row["segment_ids"].max())
         size = int(np.count_nonzero(segments))
         facts = [_number(last, "segment"), _number(size, "token"), _number(int(labels.sum()), "label")]
@@ -167,29 +183,34 @@ def _print_answers(
     chosen = np.sort(rng.choice(ends[-1], min(count, ends[-1]), replace=False))
     for i, numbers in itertools.groupby(chosen.tolist(), key=lambda n: int(np.searchsorted(ends, n, side="right"))):
         lines = _shard_lines(home, name, shards[i])
-        for number in numbers:
-            place = number - int(ends[i]) + shards[i]["answers"]
-            line = json.loads(lines[place])
-            facts = [line["writer"], decoding(line)]
-            if "error" in line:
-                facts.append(f"no answer: {line['error']}")
-            else:
-                facts.append(f"ended by {line['finish']}, {_number(len(line['tokens']), 'token')}")
-            print(f"\n{printable(line['id'])} ({shards[i]['file']}, line {place + 1})")
-            print(f"  {printable(', '.join(facts))}")
-            if "error" in line:
-                _print_spans([(line["prompt"], False)])
-            else:
-                prompt, answer = line["prompt_tokens"], line["tokens"]
-                _print_text(tokenizer, prompt + answer, [False] * len(prompt) + [True] * len(answer))
+        with damaged(home.folder / name / shards[i]["file"], f": {_REMEDY}"):
+            for number in numbers:
+                place = number - int(ends[i]) + shards[i]["answers"]
+                _print_answer(json.loads(lines[place]), f"{shards[i]['file']}, line {place + 1}", tokenizer)
+
+
+def _print_answer(line: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> None:
+    check_fields(line, _OF_LINE | ({"error": str} if "error" in line else _OF_ANSWER))
+    facts = [line["writer"], decoding(line)]
+    if "error" in line:
+        facts.append(f"no answer: {line['error']}")
+    else:
+        facts.append(f"ended by {line['finish']}, {_number(len(line['tokens']), 'token')}")
+    print(f"\n{printable(line['id'])} ({where})")
+    print(f"  {printable(', '.join(facts))}")
+    if "error" in line:
+        _print_spans([(line["prompt"], False)])
+    else:
+        prompt, answer = line["prompt_tokens"], line["tokens"]
+        _print_text(tokenizer, prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 def _shard_lines(home: Home, name: str, shard: Mapping[str, Any]) -> list[str]:
     file = shard["file"]
-    if Path(file).name != file:
+    if not is_plain_name(file):
         raise ConfigError(f"{home}/{name}/{_ACCOUNT}: shard {printable(file)!r} is not a file of this folder")
     home.fetch(name, (file,))
-    content = _read(home.folder / name / file)
+    content = _there(home.folder / name / file).read_bytes()
     if hashlib.sha256(content).hexdigest() != shard["sha256"]:
         raise ConfigError(f"{home}/{name}/{file} is damaged, by its sha256 in {_ACCOUNT}: delete it and run again")
     return content.decode("utf-8").split("\n")
@@ -203,8 +224,8 @@ def _print_set_aside(path: Path) -> None:
     if not path.is_file():
         return
     print(f"\nset aside, the first of {path.name}")
-    with path.open(encoding="utf-8") as file:
-        for line in itertools.islice(file, _SET_ASIDE):
+    with path.open("rb") as file, damaged(path, f": {_REMEDY}"):
+        for line in itertools.islice(bounded_lines(file, path), _SET_ASIDE):
             row = json.loads(line)
             print(printable(f"  {row['where']}: {row['reason']}"))
 
@@ -242,20 +263,12 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
-def _read(path: Path) -> bytes:
+def _there(path: Path) -> Path:
     if not path.is_file():
         raise ConfigError(f"{path} is missing: run the recipe again, which makes what is gone")
-    return path.read_bytes()
+    return path
 
 
-def _read_json(path: Path, *fields: str) -> dict[str, Any]:
+def _read_json(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     """An object that has these fields."""
-    try:
-        value = json.loads(_read(path))
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        if missing := [field for field in fields if field not in value]:
-            raise ValueError(f"no {missing[0]!r}")
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete it and run the recipe again") from error
-    return value
+    return read_json(_there(path), fields=fields, remedy=_REMEDY)

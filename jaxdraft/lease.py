@@ -65,7 +65,7 @@ def _take(bucket: Bucket, mine: dict[str, Any]) -> None:
         if not holder:
             continue  # released just now
         silent = time.time() - holder["renewed"]
-        if not _is_dead(holder) and silent < DEAD_AFTER:
+        if _is_alive(holder):
             raise Interrupted(
                 f"{bucket.url} is held by a jaxdraft run on {holder['host']} (process {holder['process']}) since "
                 f"{holder['since']}, heard of {max(0, silent):.0f} s ago: wait for it, or stop it. If it is gone, the "
@@ -112,6 +112,16 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return ""
+
+
+def is_held(bucket: Bucket) -> bool:
+    """Whether a run that lives holds the lease."""
+    holder = _holder(bucket)
+    return bool(holder) and _is_alive(holder)
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    return not _is_dead(holder) and time.time() - holder["renewed"] < DEAD_AFTER
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

@@ -1,7 +1,6 @@
 """Drafts as they were while they learned: from the checkpoints that a Train stage keeps, ready to decode."""
 
 import functools
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxdraft.models import ModelConfig
 from jaxdraft.models.hf import load_config
 from jaxdraft.models.hub import model_folder
 from jaxdraft.train.state import OptimizerSettings, abstract_state, state_shardings
+from jaxdraft.untrusted import damaged, read_json
 
 
 class PastDrafts:
@@ -66,7 +66,7 @@ def drafts_at(place: str, checkpoints: Collection[int] | None) -> Sequence[Draft
     """
     folder = Path(place)
     own = folder.resolve().name
-    record = json.loads((folder / RECORD).read_text("utf-8")) if (folder / RECORD).is_file() else {}
+    record = read_json(folder / RECORD, fields={"kind": str, "status": str}) if (folder / RECORD).is_file() else {}
     if record.get("kind") != "Train":
         if checkpoints is not None:
             raise ConfigError(f"{place} has no checkpoints: give the folder of a Train stage, RUN/STAGE")
@@ -76,9 +76,10 @@ def drafts_at(place: str, checkpoints: Collection[int] | None) -> Sequence[Draft
         raise ConfigError(f"{place} is not finished: run its recipe to the end of this stage")
     if checkpoints is None:
         return [Draft(own, folder / MODEL, functools.partial(Model.load, folder / MODEL))]
-    settings = record["settings"]
-    optimizer = OptimizerSettings(**{field.name: settings[field.name] for field in fields(OptimizerSettings)})
-    past = PastDrafts(own, folder / CHECKPOINTS, optimizer, settings["keep_every"], load_config(folder / MODEL))
+    with damaged(folder / RECORD):
+        settings = record["settings"]
+        optimizer = OptimizerSettings(**{field.name: settings[field.name] for field in fields(OptimizerSettings)})
+        past = PastDrafts(own, folder / CHECKPOINTS, optimizer, settings["keep_every"], load_config(folder / MODEL))
     if not past.steps:
         raise ConfigError(f"{place} has no checkpoints left: without --checkpoints, its last draft is measured")
     if missing := set(checkpoints).difference(past.steps):

@@ -43,6 +43,7 @@ from jaxdraft.data_stages import Outputs
 from jaxdraft.distributed import from_all, is_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.recipe import Prepare, Subset
+from jaxdraft.redaction import redacted
 from jaxdraft.settings import to_json
 from jaxdraft.stopping import poll
 from jaxdraft.tokenizers import single_threaded
@@ -268,7 +269,7 @@ def _merge(stage: Prepare, context: Context, units: _Units) -> Outputs:
         shards,
         units.format,
         tokenizer_fingerprint=context.tokenizer.fingerprint(),
-        source={"settings": to_json(stage.sources), "provenance": provenance},
+        source=redacted({"settings": to_json(stage.sources), "provenance": provenance}),
         counts=counts,
         quarantined=quarantine.counts,
     )

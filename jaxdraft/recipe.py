@@ -39,10 +39,14 @@ RESERVED = ("report", "superseded")
 
 @dataclasses.dataclass(frozen=True)
 class HFModel:
-    """A Hugging Face model: a folder, or ``owner/name`` on the hub, pinned by ``revision`` where runs shall repeat."""
+    """A Hugging Face model: a folder, or ``owner/name`` on the hub, pinned by ``revision`` where runs shall repeat.
+
+    ``licence`` is its SPDX name; ``None`` is what its card says, or its name tells (``jaxdraft.licences``).
+    """
 
     path: str
     revision: str | None = None
+    licence: str | None = None
 
 
 NO_STAGES = {"init": INITS, "writer": (TARGET,)}  # what else these fields may say
@@ -151,6 +155,15 @@ class Recipe:
     def uses_target(self, stage: Stage) -> bool:
         """Whether a stage reads the target's weights: also one that only has its block efficiency measured."""
         return stage.uses_target or (isinstance(stage, Train) and self.probe(stage) is not None)
+
+    @property
+    def learns_from_target(self) -> str | None:
+        """The first stage in which something is learnt from what the target says, or will be."""
+        for stage in self.stages:
+            answers = isinstance(stage, Generate) and TARGET in stage.writers
+            if answers or isinstance(stage, Score) or (isinstance(stage, Train) and stage.loss.needs_target):
+                return stage.name
+        return None
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """Names of all stages whose output a stage reads, target and tokenizer included."""

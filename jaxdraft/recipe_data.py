@@ -166,6 +166,11 @@ class DraftVocabulary(Stage):
         if self.size < 1:
             raise ConfigError(f"{self.name}: size is {self.size}: it must be positive")
 
+    def check_size(self, vocabulary: int) -> None:
+        """Raises ConfigError where there are fewer tokens in the target's vocabulary."""
+        if self.size > vocabulary:
+            raise ConfigError(f"{self.name}: size is {self.size}, the target's vocabulary {vocabulary}")
+
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.data,)

@@ -7,12 +7,14 @@ change::
         ...
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
     A name's first part is an argument of the file's ``recipe`` function, else a stage, else a field of the recipe.
 
     Raises:
-      ConfigError: the file defines no recipe, or an assignment names or holds something that does not fit.
+      ConfigError: the file fails or defines no recipe, or an assignment names or holds something that does not fit.
     """
     path = find_recipe(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -52,8 +54,9 @@ def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
     # Losses, tasks and sources of the user's own lie beside the recipe or where the command is given.
     sys.path[:0] = [str(folder) for folder in (path.parent, Path.cwd()) if str(folder) not in sys.path]
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make: Callable[..., Recipe] | None = getattr(module, "recipe", None)
+    with _told_with_its_place(path):
+        spec.loader.exec_module(module)
+    make: Callable[..., Any] | None = getattr(module, "recipe", None)
     if not callable(make):
         raise ConfigError(f"{path}: defines no function recipe(...) that returns a Recipe")
 
@@ -68,7 +71,25 @@ def load_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
             default = _required(path, parameter.name, hint, own)
         arguments[parameter.name] = apply(default, hint, own)
     rest = [change for change in changes if change.path[0] not in arguments]
-    return _override(make(**arguments), rest, list(arguments))
+    with _told_with_its_place(path):
+        made = make(**arguments)
+    if not isinstance(made, Recipe):
+        raise ConfigError(f"{path}: recipe(...) returns a {type(made).__name__}: it has to return a Recipe")
+    return _override(made, rest, list(arguments))
+
+
+@contextlib.contextmanager
+def _told_with_its_place(path: Path) -> Iterator[None]:
+    """An error that a recipe file's own code raises is its writer's, who is told the line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)  # a SyntaxError says its line itself
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def _required(path: Path, name: str, kind: type, changes: Sequence[Change]) -> Any:

@@ -77,7 +77,10 @@ class Train(OptimizerSettings, Stage):
     probe_decode: int = 0
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
             raise ConfigError(
                 f"{self.name}: batch_size is {self.batch_size} and accumulate {self.accumulate}: "
@@ -311,6 +314,10 @@ class Export(Stage):
     evaluation: str | None = None
     vocabulary: Literal["full", "draft"] = "full"
     uses_target: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.block_size < 1:
+            raise ConfigError(f"{self.name}: block_size is {self.block_size}: it must be at least 1")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -3,12 +3,9 @@
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,21 +13,22 @@ from typing import Any
 
 import jax
 
-from jaxdraft import __version__
 from jaxdraft.context import Context
 from jaxdraft.data.records import sha256, write_json
-from jaxdraft.distributed import is_lead, on_lead, together
+from jaxdraft.distributed import is_alone, is_lead, on_lead, together
+from jaxdraft.early_checks import check_early
 from jaxdraft.errors import ConfigError, Interrupted
-from jaxdraft.home import Home, open_home
+from jaxdraft.home import LOCK, Home, open_home
+from jaxdraft.licences import check_licence
 from jaxdraft.losses import check_loss
-from jaxdraft.models.subclone import SIZES, check_sizes
-from jaxdraft.recipe import FROM_TARGET, Recipe, Stage, Train
+from jaxdraft.provenance import environment, output_hash, stage_fingerprint
+from jaxdraft.recipe import Recipe, Stage, Train
+from jaxdraft.redaction import redacted
 from jaxdraft.settings import changes, to_json
 from jaxdraft.stages import EXECUTE, TOGETHER, external_inputs
 from jaxdraft.stopping import align, owned, poll
 from jaxdraft.tracking import say
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
+from jaxdraft.untrusted import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +73,7 @@ def run(
     only: Sequence[str] = (),
     command: Sequence[str] = (),
     profile: tuple[int, int] | None = None,
+    accept_licence: bool = False,
 ) -> Path | None:
     """Runs what is missing and returns the report's path; ``None`` if not one stage has run yet.
 
@@ -87,17 +86,19 @@ def run(
       only: run these stages only.
       command: the command line, for ``run.json``.
       profile: first step to trace of each Train stage, and the one to stop before.
+      accept_licence: go on though the target's licence forbids to train other models on its output.
 
     Raises:
-      ConfigError: a setting or an input is wrong.
+      ConfigError: a setting or an input is wrong, or such a licence is not accepted.
       Interrupted: another run holds the directory, or this one was asked to stop.
     """
     for name in only:
         recipe.stage(name)
-    home = open_home(workdir, jax.process_index())
+    licences = check_licence(recipe, workdir, accept_licence)
+    home = open_home(workdir, 0 if is_alone() else jax.process_index())
     context = Context(recipe, home, profile)
     with contextlib.ExitStack() as held, owned():
-        together(lambda: context.target_shape)
+        together(lambda: check_early(context))
         _ = context.mesh, context.decode_mesh  # what does not fit is told before anything is written
         on_lead(lambda: _begin(context, held))
         ran, made = False, dict[str, str]()
@@ -115,11 +116,11 @@ def run(
             else:
                 say(f"{banner}: {plan.reason}")
                 if not ran and is_lead():
-                    _write_json(home, "run.json", _run_json(context, command))
+                    _write_json(home, "run.json", {**_run_json(context, command), **licences})
                 made[stage.name] = _execute(plan, context)
                 ran = True
         if ran and is_lead():
-            _write_json(home, "run.json", {**_run_json(context, command), "outputs": made})
+            _write_json(home, "run.json", {**_run_json(context, command), **licences, "outputs": made})
         return Path(report) if (report := on_lead(lambda: _report(context))) else None
 
 
@@ -129,7 +130,6 @@ def _begin(context: Context, held: contextlib.ExitStack) -> None:
     held.enter_context(_locked(context.workdir))
     held.enter_context(context.home.held())
     context.home.fetch_records()
-    _check_starts(context)
     _check_losses(context)
     if not _holds(context.workdir / "recipe.json", _recipe_json(context.recipe)):
         _write_json(context.home, "recipe.json", _recipe_json(context.recipe))
@@ -166,9 +166,7 @@ def plan_stage(stage: Stage, context: Context, made: Mapping[str, str]) -> Plan:
     inputs = {name: made[name] for name in needs} | external_inputs(stage, context)
     settings = to_json(stage)
     shape = _resolved_shape(stage, context)
-    fingerprint = hashlib.sha256(
-        json.dumps([settings, shape, inputs, context.recipe.seed], sort_keys=True).encode()
-    ).hexdigest()
+    fingerprint = stage_fingerprint(settings, shape, inputs, context.recipe.seed)
     record = _record(context.folder(stage.name))
     if record is None:
         return Plan(stage, "missing", "to do", inputs, fingerprint)
@@ -186,8 +184,8 @@ def _execute(plan: Plan, context: Context) -> str:
     """Runs a stage, writes its record and returns the hash of its output."""
     stage, began = plan.stage, time.perf_counter()
     align()
-    record = on_lead(lambda: _opened(plan, context))
     _fetch_inputs(stage, context)
+    record = on_lead(lambda: _opened(plan, context))
     execute = lambda: EXECUTE[type(stage)](stage, context)
     elapsed = lambda: round(record["seconds"] + time.perf_counter() - began, 3)
     try:
@@ -253,7 +251,7 @@ def _closed(record: dict[str, Any], files: Sequence[Path], summary: Any, seconds
     traces = [file for file in (folder / "profile").rglob("*") if file.is_file()]
     context.home.keep(*files, *folder.glob("timing.jsonl"), *traces)
     outputs = {str(file.relative_to(folder)): sha256(file) for file in files}
-    output = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+    output = output_hash(outputs)
     done = {"status": "done", "outputs": outputs, "output": output, "summary": summary, "seconds": seconds}
     _write_json(context.home, f"{record['name']}/stage.json", {**record, **done})
     say(f"    done in {seconds:.1f} s")
@@ -286,10 +284,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
     path = folder / "stage.json"
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete the folder {folder} to run the stage again") from error
+    fields = {"status": str, "fingerprint": str, "settings": dict, "inputs": dict}
+    return read_json(path, fields=fields, remedy=f"delete the folder {folder} to run the stage again")
 
 
 def _recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -298,37 +294,17 @@ def _recipe_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def _run_json(context: Context, command: Sequence[str]) -> dict[str, Any]:
+    stages = context.recipe.stages
+    records = {stage.name: record for stage in stages if (record := _record(context.folder(stage.name)))}
     return {
         "command": list(command),
-        "jaxdraft": __version__,
-        "git": _git_revision(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
+        **environment(),
         "mesh": dict(context.mesh.shape),
         "decode_mesh": dict(context.decode_mesh.shape),
         "seed": context.recipe.seed,
+        "stage_seeds": {stage.name: context.seed(stage) for stage in stages if isinstance(stage, Train)},
+        "inputs": {name: record["inputs"] for name, record in records.items()},
     }
-
-
-def _git_revision() -> str | None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return None
-
-
-def _check_starts(context: Context) -> None:
-    """A draft that is to be cut out of its target has to fit into it."""
-    for stage in context.recipe.stages:
-        if isinstance(stage, Train) and stage.init in FROM_TARGET:
-            sizes = SIZES if stage.init == "subclone" else ("hidden_size",)
-            try:
-                check_sizes(context.target_shape, stage.model or context.recipe.draft, sizes)
-            except ConfigError as error:
-                raise ConfigError(f"{stage.name}: init={stage.init!r}: {error}") from None
 
 
 def _check_losses(context: Context) -> None:
@@ -346,19 +322,24 @@ def _check_losses(context: Context) -> None:
 
 
 def _holds(path: Path, value: Any) -> bool:
-    return path.exists() and path.read_text() == json.dumps(value, indent=2) + "\n"
+    return path.exists() and path.read_text() == json.dumps(redacted(value), indent=2) + "\n"
 
 
 def _write_json(home: Home, name: str, value: Any) -> None:
-    write_json(home.folder / name, value)
+    write_json(home.folder / name, redacted(value))
     home.keep(home.folder / name)
 
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    with (workdir / ".lock").open("w") as file:
+    with (workdir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Interrupted(f"another jaxdraft run is at work in {workdir}: wait for it, or stop it") from None
+            file.seek(0)
+            holder = file.read() or "jaxdraft run"
+            raise Interrupted(f"another {holder} is at work in {workdir}: wait for it, or stop it") from None
+        file.truncate(0)
+        file.write(f"jaxdraft run (process {os.getpid()} on {socket.gethostname()})")
+        file.flush()
         yield

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from jaxdraft.data.conversations import labelled
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.errors import ConfigError
+from jaxdraft.redaction import names_secret, redacted
 from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class Server:
     def __post_init__(self):
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ConfigError(f"url is {self.url!r}: give it as http://localhost:8000/v1")
+            raise ConfigError(f"url is {redacted(self.url)!r}: give it as http://localhost:8000/v1")
         if parts.username is not None or parts.password is not None:
             raise ConfigError(
                 f"url of {parts.hostname} holds a user name or password: it would be written into the run's files; "
@@ -81,6 +82,11 @@ class Server:
             )
         if self.concurrency < 1 or self.retries < 0 or not self.timeout > 0:
             raise ConfigError(f"{self.url}: concurrency and timeout must be positive, retries at least 0")
+        if secret := [name for name in self.extra if names_secret(name)]:
+            raise ConfigError(
+                f"{self.url}: extra holds {secret[0]!r}, which would be written into the run's files: put the key into "
+                f"the environment variable that key_variable names"
+            )
         if taken := sorted(_OURS & self.extra.keys()):
             raise ConfigError(f"{self.url}: extra holds {taken[0]!r}, which is set for every question")
 
@@ -356,7 +362,7 @@ class _Client:
             self._stop(response)
         try:
             return read(response.json())
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{response.url}: not what an OpenAI-compatible server answers ({error!r}): {self._said(response)}"
             ) from error
@@ -377,7 +383,7 @@ class _Client:
         """A server's words about an error, without the key."""
         try:
             words = response.json()
-        except ValueError:
+        except (RecursionError, ValueError):
             words = response.text
         for name in ("error", "message", "detail"):
             if isinstance(words, dict) and name in words:

@@ -29,6 +29,12 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
 
 
+def shortened(value: Any) -> str:
+    """A JSON value in a message: at most 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def _type_name(kind: type) -> str:
     if kind.__module__.split(".")[0] == "jaxdraft":
         return kind.__name__
@@ -41,15 +47,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     flat = lambda record: {**record.get("settings", {}), "shape": record.get("shape"), "seed": record.get("seed")}
     before, after = flat(old), flat(new)
     found = [
-        f"{key} was {_short(before.get(key))} and is {_short(after.get(key))}"
+        f"{key} was {shortened(before.get(key))} and is {shortened(after.get(key))}"
         for key in dict.fromkeys([*after, *before])
         if before.get(key) != after.get(key)
     ]
     were, are = old.get("inputs", {}), new.get("inputs", {})
     found += [f"input {key} has changed" for key in are if were.get(key) != are[key]]
     return found + [f"input {key} is gone" for key in were if key not in are]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -60,7 +60,45 @@ CALIBRATION_ROWS = 16
 
 
 def run_train(stage: Train, context: Context) -> Outputs:
-    folder, recipe, seed = context.folder(stage.name), context.recipe, context.seed(stage)
+    folder = context.folder(stage.name)
+    config, params, logs = train_stage(stage, context, folder, context.home.checkpoints(stage.name))
+    params = fetch(params)
+    if not is_lead():
+        return [], {}
+    save_model(context.model_folder(stage.name), config, params)
+    for file in tokenizer_files(context.tokenizer_folder):
+        shutil.copyfile(file, context.model_folder(stage.name) / file.name)
+    steps = read_jsonl(folder / "metrics.jsonl")
+    skipped = sum("skipped" in step for step in steps)
+    return [*logs, *sorted(context.model_folder(stage.name).iterdir())], {
+        "parameters": config.num_parameters,
+        "steps": stage.steps,
+        "tokens": int(sum(step["tokens"] for step in steps)),
+        "loss": steps[-1]["loss"],
+        **({"skipped updates": skipped} if skipped else {}),
+        **efficiency_summary([line for measured in logs[1:] for line in read_jsonl(measured)]),
+        "shape": to_json(context.trained_config(stage)),
+        **({} if config.head_ids is None else {"draft vocabulary": len(config.head_ids)}),
+    }
+
+
+def train_stage(
+    stage: Train, context: Context, folder: Path, checkpoints: Path | str, until: int | None = None
+) -> tuple[ModelConfig, Params, list[Path]]:
+    """Trains as a stage says, from the newest checkpoint or from the stage's start.
+
+    Args:
+      stage: the stage.
+      context: where it reads.
+      folder: gets the logs, and may hold those of the steps before the checkpoint.
+      checkpoints: where the checkpoints are.
+      until: the step to stop after, instead of the stage's last.
+
+    Returns:
+      The shape and the parameters of the model, and the logs whose bytes repeat: ``metrics.jsonl``, then
+      ``block_efficiency.jsonl`` where it is measured.
+    """
+    recipe, seed = context.recipe, context.seed(stage)
     mesh = context.mesh
     rows = {name: context.rows(name) for name in stage.shares}
     is_stored = stage.target_logits == "stored"
@@ -98,29 +136,12 @@ def run_train(stage: Train, context: Context) -> Outputs:
         measure=measure,
         measure_every=stage.probe_every or max(1, stage.steps // 10),
         profile=context.profile,
-        checkpoints_folder=context.home.checkpoints(stage.name),
+        checkpoints_folder=checkpoints,
         before_save=context.home.keep,
-        identity=on_lead(lambda: _identity(folder)),
+        identity=on_lead(lambda: _identity(context.folder(stage.name))),
+        until=until,
     )
-    params = fetch(params)
-    if not is_lead():
-        return [], {}
-    save_model(context.model_folder(stage.name), config, params)
-    for file in tokenizer_files(context.tokenizer_folder):
-        shutil.copyfile(file, context.model_folder(stage.name) / file.name)
-    steps = read_jsonl(folder / "metrics.jsonl")
-    skipped = sum("skipped" in step for step in steps)
-    logs = [folder / "metrics.jsonl", *([folder / "block_efficiency.jsonl"] if measure else [])]
-    return [*logs, *sorted(context.model_folder(stage.name).iterdir())], {
-        "parameters": config.num_parameters,
-        "steps": stage.steps,
-        "tokens": int(sum(step["tokens"] for step in steps)),
-        "loss": steps[-1]["loss"],
-        **({"skipped updates": skipped} if skipped else {}),
-        **efficiency_summary(read_jsonl(folder / "block_efficiency.jsonl") if measure else []),
-        "shape": to_json(context.trained_config(stage)),
-        **({} if config.head_ids is None else {"draft vocabulary": len(config.head_ids)}),
-    }
+    return config, params, [folder / "metrics.jsonl", *([folder / "block_efficiency.jsonl"] if measure else [])]
 
 
 def _identity(folder: Path) -> dict[str, Any]:
@@ -156,7 +177,7 @@ def _start(
         calibration = [first[i] for i in range(min(CALIBRATION_ROWS, len(first)))]
         tokens_BT, segments_BT = (np.stack([row[key] for row in calibration]) for key in ("tokens", "segment_ids"))
         return config, subclone(*target, config, tokens_BT.astype(np.int32), segments_BT > 0)
-    key = jax.random.fold_in(jax.random.key(context.seed(stage)), INIT_PURPOSE)
+    key = jax.random.fold_in(jax.random.key(context.seed(stage), impl="threefry2x32"), INIT_PURPOSE)
     params = jax.jit(init_params, static_argnums=0, out_shardings=model_shardings(config, context.mesh))(config, key)
     if target and stage.init == "target-embedding":
         return config, project_embedding(*target, config, params)
@@ -245,6 +266,7 @@ def external_inputs(stage: Stage, context: Context) -> dict[str, str]:
         found |= {f"target/{name}": digest for name, digest in context.target_hashes.items()}
     if stage.uses_tokenizer and not isinstance(context.recipe.tokenizer, str):
         found["tokenizer"] = context.tokenizer.fingerprint()
+        found |= {f"tokenizer/{name}": digest for name, digest in context.tokenizer_hashes.items()}
         if isinstance(stage, RENDER) and (template := context.tokenizer.template_fingerprint()):
             found["chat template"] = template
     return found

@@ -10,15 +10,13 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import sentencepiece
-import tokenizers
+from typing import Any
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.tokenizer_backends import Backend, FastBackend, SentencePieceBackend, library_errors, read_if_there
+from jaxdraft.untrusted import MAX_TOKENS, TOKENIZER_BYTES, check_file, damaged
 
 _FILES = (
     "tokenizer.json",
@@ -39,118 +37,6 @@ class ChatTemplateError(ConfigError):
     """A chat template does not take a conversation; the text says why, in the same words for each one it is true of."""
 
 
-class _Backend(Protocol):
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
-    def pieces(self) -> list[str]: ...
-    def adds_bos(self, bos_id: int | None) -> bool: ...
-
-
-class _FastBackend:
-    """`tokenizer.json`, through the `tokenizers` library."""
-
-    def __init__(self, path: Path):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{path}: not a readable tokenizer.json ({error})") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-
-    def pieces(self) -> list[str]:
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        pieces = [""] * (max(vocab.values()) + 1)
-        for piece, index in vocab.items():
-            pieces[index] = piece
-        return pieces
-
-    def adds_bos(self, bos_id: int | None) -> bool:
-        return bos_id is not None and self._tokenizer.encode("a").ids[:1] == [bos_id]
-
-
-def read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """A ``tokenizer.model``.
-
-    Raises:
-      ConfigError: it is none.
-    """
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{path}: not a readable SentencePiece model ({error})") from error
-
-
-class _SentencePieceBackend:
-    """`tokenizer.model`, through `sentencepiece`; control and added tokens spelled out in a text map to their ids."""
-
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self._model = read_sentencepiece(path)
-        self._add_bos = config.get("add_bos_token", True)
-        self._size = self._model.get_piece_size()
-        self._anchor = self._model.encode("a")
-        own = [i for i in range(self._size) if self._model.is_control(i) or self._model.is_unknown(i)]
-        tokens: dict[int, dict[str, Any]] = {i: {"content": self._model.id_to_piece(i), "special": True} for i in own}
-        tokens |= _added_tokens(path.parent, config)
-        self._contents = {i: token["content"] for i, token in tokens.items()}
-        named = _special_names(config) | _special_names(_read_json(path.with_name("special_tokens_map.json")))
-        self._special = {i for i, token in tokens.items() if token.get("special") or token["content"] in named}
-        self._longest_first = sorted(self._contents, key=lambda i: len(self._contents[i]), reverse=True)
-        self._splitter = re.compile("|".join(_spelled(tokens[i]) for i in self._longest_first) or r"(?!)")
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        """Text after an added token gets SentencePiece's leading space again, as in published `tokenizer.json`s."""
-        ids: list[int] = []
-        if not any(content in text for content in self._contents.values()):  # far quicker than the search below
-            ids = self._model.encode(text)
-            return ids
-        start = 0
-        for match in self._splitter.finditer(text):
-            assert match.lastindex
-            ids += [*self._model.encode(text[start : match.start()]), self._longest_first[match.lastindex - 1]]
-            start = match.end()
-        return ids + self._model.encode(text[start:])
-
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        parts: list[str] = []
-        run: list[int] = []
-        for token in ids:
-            if token not in self._contents:
-                run += [token] if token < self._size else []
-            elif token not in self._special or not skip_special:
-                parts += [self._decode_run(run, first=not parts), self._contents[token]]
-                run = []
-        return "".join([*parts, self._decode_run(run, first=not parts)])
-
-    def _decode_run(self, run: list[int], first: bool) -> str:
-        """The text of ordinary pieces; only where a text begins does SentencePiece's leading space go."""
-        if first or not run:
-            return str(self._model.decode(run))
-        return str(self._model.decode([*self._anchor, *run]))[len(self._model.decode(self._anchor)) :]
-
-    def pieces(self) -> list[str]:
-        pieces = [self._model.id_to_piece(i) for i in range(self._size)]
-        pieces += [""] * (max(self._contents, default=-1) + 1 - self._size)
-        for i, content in self._contents.items():
-            pieces[i] = content
-        return pieces
-
-    def adds_bos(self, bos_id: int | None) -> bool:
-        return bos_id is not None and self._add_bos
-
-    def special(self, name: str) -> int | None:
-        token: int = self._model.bos_id() if name == "bos" else self._model.eos_id()
-        return token if token >= 0 else None
-
-
 class Tokenizer:
     """Text to ids and back, as the folder's model was trained to see it.
 
@@ -160,7 +46,7 @@ class Tokenizer:
       vocab_size: number of ids the tokenizer can produce (a model may have more rows).
     """
 
-    def __init__(self, folder: Path, backend: _Backend, bos_id: int | None, eos_id: int | None):
+    def __init__(self, folder: Path, backend: Backend, bos_id: int | None, eos_id: int | None):
         self.folder = folder
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -207,7 +93,7 @@ class Tokenizer:
     @functools.cached_property
     def _chat(self) -> Any:
         in_file = (self.folder / "chat_template.jinja").is_file()
-        if not in_file and "chat_template" not in _read_json(self.folder / "tokenizer_config.json"):
+        if not in_file and "chat_template" not in read_if_there(self.folder / "tokenizer_config.json"):
             raise ConfigError(
                 f"{self.folder}: no chat template (looked for chat_template.jinja and for chat_template in "
                 'tokenizer_config.json); give prompts as "prompt" text instead of "messages"'
@@ -215,7 +101,9 @@ class Tokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
         import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        with library_errors(f"{self.folder}: transformers cannot read the tokenizer"):
+            tokenizer = transformers.AutoTokenizer
+            return tokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
 
     def render(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
         """The text of `[{"role", "content"}, ...]` by the folder's chat template, with `reply` opened for the answer.
@@ -225,17 +113,16 @@ class Tokenizer:
           ChatTemplateError: the template refuses these messages: a system prompt, or an order of roles.
           ConfigError: the folder has no chat template.
         """
-        import jinja2
-
         if not messages:
             raise ChatTemplateError("the conversation has no messages")
         if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
             raise ChatTemplateError('a message lacks "role" or "content", or has something else than text there')
+        chat = self._chat
         try:
-            text = self._chat.apply_chat_template(
+            text = chat.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template's own errors, and what it makes Python do
             raise ChatTemplateError(f"the chat template does not take the conversation: {error}") from error
         assert isinstance(text, str)
         return text
@@ -243,11 +130,12 @@ class Tokenizer:
     def template_fingerprint(self) -> str | None:
         """sha256 of the folder's chat template; None where it has none."""
         file = self.folder / "chat_template.jinja"
-        template = (
-            file.read_text("utf-8")
-            if file.is_file()
-            else _read_json(self.folder / "tokenizer_config.json").get("chat_template")
-        )
+        with damaged(file):
+            template = (
+                file.read_text("utf-8")
+                if file.is_file()
+                else read_if_there(self.folder / "tokenizer_config.json").get("chat_template")
+            )
         return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()
 
     @functools.cached_property
@@ -279,12 +167,13 @@ def single_threaded() -> Iterator[None]:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face folder; ConfigError names what was looked for."""
     folder = Path(folder)
-    config = _read_json(folder / "tokenizer_config.json")
-    backend: _FastBackend | _SentencePieceBackend
+    tokenizer_files(folder)
+    config = read_if_there(folder / "tokenizer_config.json")
+    backend: FastBackend | SentencePieceBackend
     if (folder / "tokenizer.json").is_file():
-        backend = _FastBackend(folder / "tokenizer.json")
+        backend = FastBackend(folder / "tokenizer.json")
     elif (folder / "tokenizer.model").is_file():
-        backend = _SentencePieceBackend(folder / "tokenizer.model", config)
+        backend = SentencePieceBackend(folder / "tokenizer.model", config)
     else:
         raise ConfigError(f"{folder}: no tokenizer here (looked for tokenizer.json and tokenizer.model)")
     ids = {piece: i for i, piece in enumerate(backend.pieces())}
@@ -324,54 +213,31 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
-    """The tokenizer's files in `folder`: what an export copies byte for byte."""
-    return [path for name in _FILES if (path := Path(folder) / name).is_file()]
+    """The tokenizer's files in `folder`: what an export copies byte for byte.
+
+    Raises:
+      ConfigError: one is too large, or a link to what is not the folder's.
+    """
+    files = [path for name in _FILES if (path := Path(folder) / name).is_file()]
+    for file in files:
+        check_file(file, TOKENIZER_BYTES)
+    return files
 
 
 def _special_id(
-    folder: Path, config: dict[str, Any], backend: _FastBackend | _SentencePieceBackend, ids: dict[str, int], name: str
+    folder: Path, config: dict[str, Any], backend: FastBackend | SentencePieceBackend, ids: dict[str, int], name: str
 ) -> int | None:
-    for named in (config, _read_json(folder / "special_tokens_map.json")):
+    for named in (config, read_if_there(folder / "special_tokens_map.json")):
         token = named.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in ids:
             return ids[token]
-    for numbered in (_read_json(folder / "generation_config.json"), _read_json(folder / "config.json")):
+    for numbered in (read_if_there(folder / "generation_config.json"), read_if_there(folder / "config.json")):
         token = numbered.get(f"{name}_token_id")
         token = token[0] if isinstance(token, list) and token else token
-        if isinstance(token, int):
+        if type(token) is int and 0 <= token < MAX_TOKENS:
             return token
-    return backend.special(name) if isinstance(backend, _SentencePieceBackend) else None
-
-
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """By id, what `added_tokens.json` and, before it, `tokenizer_config.json` say of tokens outside the model."""
-    try:
-        tokens: dict[int, dict[str, Any]] = {
-            int(i): {"content": content} for content, i in _read_json(folder / "added_tokens.json").items()
-        }
-        tokens |= {int(i): dict(token) for i, token in config.get("added_tokens_decoder", {}).items()}
-        wrong = [i for i, token in tokens.items() if i < 0 or not isinstance(token["content"], str)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        where = "added_tokens.json or added_tokens_decoder in tokenizer_config.json"
-        raise ConfigError(f"{folder}: {where} is not understood ({error!r})") from error
-    if wrong:
-        raise ConfigError(f"{folder}: added token {wrong[0]} needs an id of at least 0 and its content as text")
-    return {i: token for i, token in tokens.items() if token["content"]}
-
-
-def _special_names(named: dict[str, Any]) -> set[str]:
-    """Contents of the tokens that a config names: "bos_token" and the like, "additional_special_tokens"."""
-    tokens = [token for key, token in named.items() if key.endswith("_token")]
-    tokens += named.get("additional_special_tokens") or []
-    contents = (token.get("content") if isinstance(token, dict) else token for token in tokens)
-    return {content for content in contents if isinstance(content, str)}
-
-
-def _spelled(token: dict[str, Any]) -> str:
-    """A pattern with one group, the content; an added token may take the white space on a side with it."""
-    before, after = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
-    return f"{before}({re.escape(token['content'])}){after}"
+    return backend.special(name) if isinstance(backend, SentencePieceBackend) else None
 
 
 def _piece(tokenizer: Tokenizer, index: int | None) -> str:
@@ -380,15 +246,3 @@ def _piece(tokenizer: Tokenizer, index: int | None) -> str:
 
 def _quoted(piece: str | None) -> str:
     return "missing" if piece is None else repr(piece)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from jaxdraft.distributed import is_lead, on_lead
 from jaxdraft.errors import ConfigError, naming
+from jaxdraft.redaction import redacted
 
 
 class StepLog:
@@ -60,7 +61,7 @@ class StepLog:
 def say(text: str) -> None:
     """One line for the person who watches, from the lead process."""
     if is_lead():
-        print(text, file=sys.stderr, flush=True)
+        print(redacted(text), file=sys.stderr, flush=True)
 
 
 def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
@@ -71,6 +72,7 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> t
         total=total,
         desc=description,
         unit=unit,
+        unit_scale=unit == "B",
         initial=initial,
         dynamic_ncols=True,
         mininterval=0.5 if watched else 30,

@@ -12,8 +12,8 @@ from jaxdraft.cli import main
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import open_home
-from jaxdraft.inspect import printable
 from jaxdraft.inspect_rows import inspect_stage
+from jaxdraft.untrusted import printable
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202e<b>bold</b>\u2028\x00"
 K = 2
@@ -204,7 +204,7 @@ def test_damage_and_another_tokenizer_are_named(made_run, tmp_path):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": "another"}))
     assert "was made with another tokenizer" in refused(made_run, "text")
     (folder / "manifest.json").unlink()
-    assert "manifest.json is missing: run the recipe again" in refused(made_run, "text")
+    assert "manifest.json: missing, so" in refused(made_run, "text")
     with pytest.raises(ConfigError, match=r"is not a run directory: it has no recipe\.json"):
         inspect_stage(open_home(tmp_path / "nowhere", None), "text", 3, 0)
 

@@ -143,8 +143,12 @@ def test_training_refuses_what_was_stored_otherwise(recipe, workdir, tmp_path, c
     stored_targets.check_stored(TRAIN, context, {"scored": context.rows("scored")})
     path = copy / "scored" / "manifest.json"
     manifest = json.loads(path.read_text())
-    stored = manifest.pop("target_logits")
-    path.write_text(json.dumps(manifest if change is None else {**manifest, "target_logits": {**stored, **change}}))
+    if change is None:
+        del manifest["target_logits"]
+        manifest["columns"] = {key: x for key, x in manifest["columns"].items() if not key.startswith("target_")}
+    else:
+        manifest["target_logits"] |= change
+    path.write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match=message):
         run(recipe, copy, only=["distill"])
 

@@ -9,7 +9,7 @@ Alpaca's, and translations and functions in our own.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxdraft.data.prompts import Message
@@ -50,9 +50,10 @@ class DataSet:
       repository: on the Hugging Face hub.
       files: a glob for each split; the first is the one that is used when none is named.
       revision: the commit; None where none could be looked up.
-      licence: as its card has it.
+      licence: as its card has it, an SPDX expression.
       reference: the paper that describes it.
       columns: what is read of a row.
+      terms: what else there is to say of the licence.
     """
 
     repository: str
@@ -61,6 +62,7 @@ class DataSet:
     licence: str
     reference: str
     columns: tuple[str, ...]
+    terms: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ CORPORA: Mapping[str, TextSet] = {
         repository="bigcode/the-stack-v2-train-smol-ids",  # gated
         files={"train": "data/*.parquet"},
         revision="d54939b9c178ca392f68fae3612ab20c15c673ac",
-        licence="of each file; see the terms of use of The Stack v2",
+        licence="LicenseRef-the-stack-v2",
+        terms="each file under its own licence; see the terms of use of The Stack v2",
         reference="arXiv 2402.19173",
         columns=("files",),
         contents="s3://softwareheritage/content",
@@ -307,7 +310,8 @@ PROMPTS: Mapping[str, PromptSet] = {
         repository="EdinburghNLP/xsum",
         files={split: f"data/{split}-*.parquet" for split in ("test", "validation", "train")},
         revision="7d4d486c2f8ef850b1a11aead99b894ff3dd7da9",
-        licence="unknown: articles of the BBC, for research",
+        licence="NOASSERTION",
+        terms="articles of the BBC, for research",
         reference="Narayan et al., EMNLP 2018",
         columns=("document", "summary", "id"),
         examples=_summary("Summarize: ", "document", "summary"),
@@ -338,7 +342,8 @@ PROMPTS: Mapping[str, PromptSet] = {
         repository="wmt/wmt18",
         files={split: f"de-en/{split}-*.parquet" for split in ("test", "validation", "train")},
         revision="0efe4a9205e5b9500c1f5d53afc8fd0d712e6b87",  # of its pull request 7, which main merged
-        licence="unknown: free for research",
+        licence="NOASSERTION",
+        terms="free for research",
         reference="Bojar et al., WMT 2018",
         columns=("translation",),
         examples=_translation,

@@ -7,6 +7,7 @@ such file. The content is gzipped in Software Heritage's bucket under its id, or
 import concurrent.futures
 import functools
 import gzip
+import io
 import itertools
 import os
 import re
@@ -20,6 +21,7 @@ from jaxdraft.data.quarantine import Misfit, Rejected
 from jaxdraft.data.readers import Row, text_of
 from jaxdraft.errors import ConfigError
 from jaxdraft.remote import Bucket, cache_folder, is_url
+from jaxdraft.untrusted import LINE_BYTES
 
 _ID = re.compile(r"\w+")
 _AT_ONCE = 32  # contents under way from a bucket
@@ -84,10 +86,14 @@ def _content(file: Any, fetch: Callable[[], Callable[[str], bytes | None]]) -> s
         raise Misfit("content not found")
     encoding = file.get("src_encoding") or "UTF-8"
     try:
-        return gzip.decompress(packed).decode(encoding)
+        content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(LINE_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise Misfit("content is not gzip", str(error)) from None
-    except (UnicodeDecodeError, LookupError) as error:
+    if len(content) > LINE_BYTES:
+        raise Misfit(f"content has more than {LINE_BYTES:,} bytes")
+    try:
+        return content.decode(encoding)
+    except (LookupError, TypeError, ValueError) as error:
         raise Misfit("content is not in its encoding", str(error)) from None
 
 

@@ -81,6 +81,7 @@ class _Named:
             "revision": files.commit or self.revision,
             "files": files.names,
             "licence": self._set.licence,
+            **({"terms": self._set.terms} if self._set.terms else {}),
             "reference": self._set.reference,
         }
 

@@ -40,10 +40,14 @@ class Misfit(Exception):
 
 
 def first(items: Iterable[T | Rejected], limit: int | None) -> Iterator[T | Rejected]:
-    """The items up to the one that is number ``limit`` of those that are no ``Rejected``."""
+    """The items up to the one that is number ``limit`` of those that are no ``Rejected``.
+
+    Raises:
+      ConfigError: ``limit`` is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}: it must be at least 1, or None for all")
     left = limit
-    if left == 0:
-        return
     for item in items:
         yield item
         if left is not None and not isinstance(item, Rejected):

@@ -21,6 +21,7 @@ from jaxdraft.data.quarantine import Misfit, Rejected
 from jaxdraft.errors import ConfigError
 from jaxdraft.huggingface import dataset_file, is_commit, list_dataset
 from jaxdraft.remote import local_copy
+from jaxdraft.untrusted import DOCUMENT_BYTES, bounded_lines
 
 KNOWN = ".txt .jsonl .json (each also .gz) .parquet .array_record (also .array_record-00000-of-00008)"
 _CHUNK = 1 << 20  # characters or rows' bytes read at once
@@ -28,6 +29,7 @@ _ROWS = 256  # of Parquet, converted at once
 _NAME = re.compile(r"\.(txt|jsonl|json|parquet|array_record)(?:-\d+-of-\d+)?(\.gz)?$")
 _HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
 _MAGIC = re.compile(r"[*?\[]")
+_SPLIT = "give the separator that stands between its documents"
 
 
 class Row(NamedTuple):
@@ -197,14 +199,14 @@ def _whole(file: Path, rows: Iterable[Row | Rejected]) -> Iterator[Row | Rejecte
             count += 1
     except ConfigError:
         raise
-    except (ValueError, OSError, EOFError, RuntimeError, zlib.error) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zlib.error) as error:  # RecursionError is a RuntimeError
         after = f" after {count:,} rows" if count else ""
         raise ConfigError(f"{file}: cannot be read{after} ({error})") from error
 
 
 def _read_jsonl(file: Path) -> Iterator[Row | Rejected]:
     with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(bounded_lines(stream, file), start=1):
             if line.strip():
                 where = f"{file}: line {number}"
                 try:
@@ -223,11 +225,16 @@ def _read_text(file: Path, separator: str | None) -> Iterator[Row]:
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt", encoding="utf-8-sig", newline="\n") as stream:
         if separator is None:
-            yield Row(str(file), 0, stream.read())
+            text = stream.read(DOCUMENT_BYTES)
+            if stream.read(1):
+                raise ConfigError(f"{file}: has more than {DOCUMENT_BYTES:,} characters: {_SPLIT}")
+            yield Row(str(file), 0, text)
             return
         rest, number = "", 0
         while chunk := stream.read(_CHUNK):
             *complete, rest = (rest + chunk).split(separator)
+            if len(rest) > DOCUMENT_BYTES:
+                raise ConfigError(f"{file}: document {number} has more than {DOCUMENT_BYTES:,} characters: {_SPLIT}")
             for part in complete:
                 yield Row(f"{file}: document {number}", number, part.strip("\n"))
                 number += 1
@@ -242,7 +249,10 @@ def _read_json(file: Path) -> Iterator[Row | Rejected]:
             yield from _read_jsonl(file)
             return
     with _open(file) as stream:
-        for number, value in enumerate(json.load(stream)):
+        content = stream.read(DOCUMENT_BYTES + 1)
+        if len(content) > DOCUMENT_BYTES:
+            raise ConfigError(f"{file}: has more than {DOCUMENT_BYTES:,} bytes: make it JSONL, an object on each line")
+        for number, value in enumerate(json.loads(content)):
             yield Row(f"{file}: row {number}", number, value)
 
 
@@ -353,3 +363,5 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+        if shift > 63:
+            raise ValueError("not a varint")

@@ -33,9 +33,15 @@ import numpy as np
 from array_record.python import array_record_module
 
 from jaxdraft.errors import ConfigError, naming
+from jaxdraft.untrusted import check_fields, check_file, damaged, is_plain_name, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_REMEDY = "prepare the data again"
+_FIELDS = {"format": int, "length": int, "rows": int, "tokens": int, "labels": int, "columns": dict, "vocab_size": int}
+_FIELDS |= {"tokenizer": str, "source": dict, "counts": dict, "shards": list}
+_SHARD_FIELDS = {"file": str, "rows": int, "tokens": int, "labels": int, "bytes": int, "sha256": str}
+_END = 1 << 31  # of lengths and widths
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random access reads nothing else
 
 Block = Mapping[str, np.ndarray]
@@ -84,11 +90,6 @@ def _to_manifest(column: Column) -> Any:
     return column.dtype.str if column.width is None else [column.dtype.str, column.width]
 
 
-def _from_manifest(column: Any) -> Column:
-    dtype, width = (column, None) if isinstance(column, str) else column
-    return Column(np.dtype(dtype), width)
-
-
 @dataclasses.dataclass(frozen=True)
 class Format:
     """What rows are like.
@@ -107,6 +108,10 @@ class Format:
     @functools.cached_property
     def columns(self) -> dict[str, Column]:
         return columns(self.vocab_size, self.target_logits)
+
+    @property
+    def record_bytes(self) -> int:
+        return self.length * sum(column.bytes for column in self.columns.values())
 
     def records(self, rows: Block, where: str) -> np.ndarray:
         """A block's rows as they are stored: uint8[R, bytes of a row].
@@ -280,13 +285,14 @@ class PackedRows:
 
     def __init__(self, folder: str | Path, verify: bool = True):
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder / MANIFEST)
+        self.manifest = read_manifest(self.folder)
         self.length: int = self.manifest["length"]
+        format = _format_of(self.manifest)
         shards = self.manifest["shards"]
         for shard in shards:
-            _check_shard(self.folder / shard["file"], shard, verify)
+            _check_shard(self.folder, shard, format, verify)
         self._starts = np.cumsum([0, *(shard["rows"] for shard in shards)])
-        layout = {name: _from_manifest(column) for name, column in self.manifest["columns"].items()}
+        layout, self._record_bytes = format.columns, format.record_bytes
         offsets = itertools.accumulate((self.length * column.bytes for column in layout.values()), initial=0)
         self._layout = [(name, column, offset) for (name, column), offset in zip(layout.items(), offsets, strict=False)]
         self._readers: dict[int, Any] = {}
@@ -298,7 +304,13 @@ class PackedRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.folder}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        record = self._reader(shard).read([index - int(self._starts[shard])])[0]
+        try:
+            record = self._reader(shard).read([index - int(self._starts[shard])])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{self._path(shard)}: row {index} is damaged ({error}); {_REMEDY}") from error
+        if len(record) != self._record_bytes:
+            of = f"{len(record)} bytes, the manifest says {self._record_bytes}"
+            raise ConfigError(f"{self._path(shard)}: row {index} is damaged ({of}); {_REMEDY}")
         found = {}
         for name, column, offset in self._layout:
             shape = column.shape(self.length)
@@ -307,32 +319,61 @@ class PackedRows:
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
-            path = self.folder / self.manifest["shards"][shard]["file"]
             self._readers[shard] = array_record_module.ArrayRecordReader(
-                str(path), "readahead_buffer_size:0,max_parallelism:0"
+                str(self._path(shard)), "readahead_buffer_size:0,max_parallelism:0"
             )
         return self._readers[shard]
 
+    def _path(self, shard: int) -> Path:
+        return self.folder / self.manifest["shards"][shard]["file"]
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, which may have been written by anyone: all that is used of it is as it should be.
+
+    Raises:
+      ConfigError: there is none, or it is damaged; the message names the file and the key.
+    """
+    path = folder / MANIFEST
     if not path.is_file():
-        raise ConfigError(f"{path}: missing, so {path.parent} holds no complete packed data; prepare it again")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        known = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error!r}); prepare the data again") from error
-    if known != FORMAT:
-        raise ConfigError(f"{path}: format {known}, this version reads {FORMAT}; prepare the data again")
+        raise ConfigError(f"{path}: missing, so {folder} holds no complete packed data; prepare it again")
+    manifest = read_json(path, fields={"format": object}, remedy=_REMEDY)
+    if manifest["format"] != FORMAT:
+        raise ConfigError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; {_REMEDY}")
+    with damaged(path, f": {_REMEDY}"):
+        check_fields(manifest, _FIELDS)
+        for key in ("length", "vocab_size"):
+            if not 0 < manifest[key] < _END:
+                raise ValueError(f"{key!r} is {manifest[key]}")
+        if (stored := manifest.get("target_logits")) is not None:
+            check_fields(stored, {"k": int, "vocabulary": int, "temperature": object})
+            if not (0 < stored["k"] <= stored["vocabulary"] < _END):
+                raise ValueError(f"'target_logits' has k {stored['k']} of a vocabulary of {stored['vocabulary']}")
+        columns = {name: _to_manifest(column) for name, column in _format_of(manifest).columns.items()}
+        if manifest["columns"] != columns:
+            raise ValueError(f"'columns' are {manifest['columns']!r:.200}, where rows have {columns}")
+        for shard in manifest["shards"]:
+            check_fields(shard, _SHARD_FIELDS)
+        if manifest["rows"] != sum(shard["rows"] for shard in manifest["shards"]):
+            raise ValueError(f"'rows' is {manifest['rows']}, which is not the sum of the shards'")
     return manifest
 
 
-def _check_shard(path: Path, shard: Mapping[str, Any], verify: bool) -> None:
-    if path.parent / path.name != path or path.name != shard["file"]:
-        raise ConfigError(f"{shard['file']}: a shard's name in a manifest must be a plain file name")
+def _format_of(manifest: Mapping[str, Any]) -> Format:
+    return Format(manifest["length"], manifest["vocab_size"], manifest.get("target_logits"))
+
+
+def _check_shard(folder: Path, shard: Mapping[str, Any], format: Format, verify: bool) -> None:
+    path = folder / shard["file"]
+    if not is_plain_name(shard["file"]):
+        raise ConfigError(f"{folder / MANIFEST}: shard {shard['file']!r}: its name must be a plain file name")
     if not path.is_file():
         raise ConfigError(f"{path}: missing; prepare the data again")
+    check_file(path)
     if path.stat().st_size != shard["bytes"]:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard['bytes']}; prepare it again")
+    if not 0 <= shard["rows"] * format.record_bytes <= shard["bytes"]:
+        rows = f"{shard['rows']:,} rows of {format.record_bytes:,} bytes"
+        raise ConfigError(f"{path}: {shard['bytes']:,} bytes do not hold the {rows} that the manifest says; {_REMEDY}")
     if verify and sha256(path) != shard["sha256"]:
         raise ConfigError(f"{path}: its sha256 differs from the manifest's, the file is damaged; prepare it again")

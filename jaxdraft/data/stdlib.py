@@ -88,7 +88,7 @@ class PythonLibrary:
         _check_choice("part", self.part, get_args(Part))
         _check_choice("split", self.split, get_args(Split))
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[str | Rejected]:
         modules = [module for module in _modules() if module.split == self.split]
         if self.part == "code":
             documents = iter([module.source for module in modules])
@@ -96,7 +96,7 @@ class PythonLibrary:
             documents = iter([doc for _, doc in sorted(_texts(modules, self.split), key=lambda item: _order(item[0]))])
         else:
             documents = (example.prompt + example.response for example in _examples() if example.split == self.split)
-        return itertools.islice(documents, self.limit)
+        return first(documents, self.limit)
 
     def fingerprint(self) -> str:
         """sha256 over the Python version and the names and contents of the files read."""

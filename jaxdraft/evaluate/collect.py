@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.words import decoding
+from jaxdraft.untrusted import read_json
 
 # What a reader calls a model's dimensions -> the names ModelConfig and Hugging Face's config.json give them.
 _SHAPE = {
@@ -280,10 +281,7 @@ def of_smallest_batch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not JSON ({error}): delete it and run the recipe again") from error
+    return read_json(file, remedy="delete it and run the recipe again")
 
 
 def _read_if_there(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxdraft.data.records import commit
 from jaxdraft.distributed import is_lead, on_lead
-from jaxdraft.errors import ConfigError
+from jaxdraft.untrusted import read_json
 
 
 class Parts:
@@ -75,7 +75,5 @@ class Parts:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
+    fields = {"of": dict, "found": object}
+    return read_json(path, fields=fields, remedy="delete it, and it is measured again")

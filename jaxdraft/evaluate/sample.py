@@ -91,11 +91,11 @@ def sample(
     elif system is not None and not chat:
         raise ConfigError("system is a part of a conversation: leave out --no-chat")
     conversation = Conversation(tokenizer, system) if chat else None
+    if conversation is not None:
+        conversation.prompt("Hello")  # what the template refuses is told before it is waited for
     with waiting(f"loading {target}" + ("" if draft is None else f" and {draft}")):
         models = [Model.load(folder) for folder in (target, draft) if folder is not None]
         demonstration = Demonstration(tokenizer, models, speculation, decoding, seed, appearance)
-        if conversation is not None:
-            conversation.prompt("Hello")  # what the template refuses is told before it is waited for
     if prompt is not None:
         demonstration.show(*_read(prompt, tokenizer, conversation))
         return

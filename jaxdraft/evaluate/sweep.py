@@ -6,7 +6,6 @@ found is a part (``parts``), and ``results.json`` and ``samples.jsonl`` are view
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from jaxdraft.sharding import mesh_of
 from jaxdraft.stopping import poll
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.tracking import write_jsonl
+from jaxdraft.untrusted import read_json
 
 PARTS = "measured"
 """Name of the folder with a sweep's parts."""
@@ -295,10 +295,8 @@ def check_same(file: Path, header: Mapping[str, Any]) -> None:
     """
     if not file.exists():
         return
-    try:
-        theirs = json.loads(file.read_text("utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} holds no results of jaxdraft evaluate: delete it, or give another folder") from error
+    remedy = "it holds no results of jaxdraft evaluate: delete it, or give another folder"
+    theirs = read_json(file, fields={"settings": dict}, remedy=remedy)["settings"]
     if other := [key for key in header if theirs.get(key) != header[key]]:
         key = other[0]
         raise ConfigError(

@@ -63,6 +63,14 @@ class Task:
             if value is not None and value < 1:
                 raise ConfigError(f"task {self.name}: {name} is {value}: it must be positive")
 
+    def check_room(self, max_positions: int) -> None:
+        """Raises ConfigError where an answer alone does not fit into the target's positions."""
+        if self.max_new_tokens >= max_positions:
+            raise ConfigError(
+                f"task {self.name}: max_new_tokens is {self.max_new_tokens}: the target has only {max_positions} "
+                "positions, for prompt and answer together"
+            )
+
     def read(self, tokenizer: Tokenizer, max_positions: int) -> list[Prompt]:
         """The prompts that are asked; how many are left out, and why, goes into the log.
 
@@ -73,11 +81,7 @@ class Task:
         Raises:
           ConfigError: none fits.
         """
-        if self.max_new_tokens >= max_positions:
-            raise ConfigError(
-                f"task {self.name}: max_new_tokens is {self.max_new_tokens}: the target has only {max_positions} "
-                "positions, for prompt and answer together"
-            )
+        self.check_room(max_positions)
 
         def unfit(prompt: Prompt) -> str | None:
             if self.max_prompt_tokens is not None and len(prompt.tokens) > self.max_prompt_tokens:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Literal
 
 from jaxdraft.errors import ConfigError
@@ -34,7 +35,7 @@ class ModelConfig:
         parameters keep a row for every token, from which ``decoder.head_weight`` selects.
 
     Raises:
-      ConfigError: a size is not positive or heads do not divide.
+      ConfigError: a size or constant is not positive, or heads do not divide.
     """
 
     hidden_size: int
@@ -60,6 +61,9 @@ class ModelConfig:
         for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive and finite")
         if self.vocab_size is not None and self.vocab_size <= 0:
             raise ConfigError(f"vocab_size is {self.vocab_size}: it must be positive, or None for the target's")
         if self.num_heads % self.num_kv_heads:

@@ -1,7 +1,6 @@
 """The files of a Hugging Face model folder: which there are, and the small ones read."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxdraft import untrusted
 from jaxdraft.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 D2T = "d2t"
 """Tensor that maps rows of a draft vocabulary to tokens, as in EAGLE-3's folders: int64, token id less row."""
 
@@ -23,15 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ConfigError: no such file, or no JSON object in it.
     """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give a Hugging Face model folder") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value
+    return untrusted.read_json(path, limit=untrusted.CONFIG_BYTES, remedy="give a Hugging Face model folder")
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -42,16 +35,31 @@ def weight_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise ConfigError(f"{folder / WEIGHTS} does not exist: a model folder holds {WEIGHTS}, or shards and {INDEX}")
-    names = sorted(set(weight_map(folder).values()))
-    if bad := [n for n in names if Path(n).name != n or "\0" in n or not n.endswith(".safetensors")]:
-        raise ConfigError(f"{folder / INDEX}: shard {bad[0]!r} is not a safetensors file of this folder")
-    files = [folder / name for name in names]
-    if missing := [f for f in files if not f.is_file()]:
-        raise ConfigError(f"{missing[0]} does not exist, but {INDEX} names it: is the download complete?")
+        files = [folder / WEIGHTS]
+    elif not (folder / INDEX).exists():
+        wanted = f"a model folder holds {WEIGHTS}, or shards and {INDEX}"
+        raise ConfigError(f"{folder / WEIGHTS} does not exist: {wanted}{_pickles(folder)}")
+    else:
+        names = sorted(set(weight_map(folder).values()))
+        if bad := [n for n in names if not untrusted.is_plain_name(n) or not n.endswith(".safetensors")]:
+            raise ConfigError(f"{folder / INDEX}: shard {bad[0]!r} is not a safetensors file of this folder")
+        files = [folder / name for name in names]
+        if missing := [f for f in files if not f.is_file()]:
+            raise ConfigError(f"{missing[0]} does not exist, but {INDEX} names it: is the download complete?")
+    for file in files:
+        untrusted.check_file(file)
     return files
+
+
+def _pickles(folder: Path) -> str:
+    """What to say of weights that are never read."""
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        return ""
+    return (
+        f". {pickles[0]} is a pickle, which can run code when it is read, so it never is: convert it to safetensors "
+        "(transformers' save_pretrained does, on a machine where its code may run)"
+    )
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -89,10 +97,9 @@ def head_ids(folder: Path, size: int) -> tuple[int, ...]:
     for path in weight_files(folder):
         with opened(path) as file:
             if D2T in file.keys():  # noqa: SIM118 - not a dict
-                offsets_R = file.get_tensor(D2T)
-                break
-    else:
-        raise ConfigError(f"{folder}: config.json has a draft_vocab_size, but no file the map {D2T}")
-    if offsets_R.shape != (size,) or offsets_R.dtype.kind != "i":
-        raise ConfigError(f"{folder}: {D2T} is {offsets_R.dtype}{list(offsets_R.shape)}; draft_vocab_size is {size}")
-    return tuple((offsets_R + np.arange(size)).tolist())
+                stored = file.get_slice(D2T)
+                if stored.get_shape() != [size] or stored.get_dtype() not in ("I64", "I32"):
+                    found = f"{stored.get_dtype()}{stored.get_shape()}"
+                    raise ConfigError(f"{folder}: {D2T} is {found}; draft_vocab_size is {size}")
+                return tuple((file.get_tensor(D2T) + np.arange(size)).tolist())
+    raise ConfigError(f"{folder}: config.json has a draft_vocab_size, but no file the map {D2T}")

@@ -276,7 +276,8 @@ def _same_tensor(one: _Stored, name: str, other: _Stored, other_name: str, rows:
 
 def _check_table(folder: Path, config: ModelConfig, stored: dict[str, _Stored], outer: Any, layer: Any) -> None:
     wanted = {row.name: _stored_shape(row, outer) for row in _outer_table(config)}
-    for i in range(config.num_layers):
+    # A config.json may ask for any number of layers: those that could be there, and one more, tell what is missing.
+    for i in range(min(config.num_layers, len(stored) + 1)):
         wanted |= {row.name: _stored_shape(row, layer) for row in _layer_rows(config, i)}
     if missing := [name for name in wanted if name not in stored]:
         raise ConfigError(f"{folder}: tensor {missing[0]} is missing{_and_more(missing)}")

@@ -24,10 +24,12 @@ _WINDOW = {"mistral": 4096}
 _POSITIONS = {"llama": 2048, "phi3": 4096, "mistral": 131072, "qwen2": 32768}
 _ORIGINAL = "original_max_position_embeddings"
 _PHI3_ORIGINAL = 4096  # what transformers takes where the key is missing
+_END = 1 << 31  # of whole numbers
+_PARAMETERS = 10**13  # more than any model has
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int
+    return type(value) is int and -_END < value < _END
 
 
 def _size(value: Any) -> bool:
@@ -35,7 +37,7 @@ def _size(value: Any) -> bool:
 
 
 def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return _size(value) or (type(value) is float and 0 < value < math.inf)
 
 
 def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -87,7 +89,10 @@ def load_config(folder: str | Path) -> ModelConfig:
     raw = read_json(path)
     family = raw.get("model_type")
     if family not in tuple(ARCHITECTURES):
-        raise ConfigError(f"{path}: model_type {family!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+        code = "; code in model folders, which its auto_map asks for, is never run" if "auto_map" in raw else ""
+        raise ConfigError(
+            f"{path}: model_type {family!r:.80} is not supported; known are {', '.join(ARCHITECTURES)}{code}"
+        )
     _check_kinds(path, raw)
     # In transformers' order: where there is a rope_scaling, it reads nothing of rope_parameters.
     ropes: dict[str, dict[str, Any]] = {
@@ -110,7 +115,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     if found := [what for what, present in unsupported.items() if present]:
         raise ConfigError(f"{path}: {', '.join(found)} is not supported by this version of jaxdraft")
     eos, rows = _end_tokens(folder, raw), raw.get("draft_vocab_size")
-    return ModelConfig(
+    config = ModelConfig(
         family=family,
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -130,6 +135,9 @@ def load_config(folder: str | Path) -> ModelConfig:
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         head_ids=None if rows is None else head_ids(Path(folder), rows),
     )
+    if config.num_parameters > _PARAMETERS:
+        raise ConfigError(f"{path}: describes {config.num_parameters:.3g} parameters, more than any model has")
+    return config
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:

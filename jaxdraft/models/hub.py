@@ -1,5 +1,6 @@
 """Where a model's files are: a local folder, or a repository of the Hugging Face hub at one revision."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -7,9 +8,11 @@ from jaxdraft.errors import ConfigError
 from jaxdraft.huggingface import hub_errors
 from jaxdraft.remote import is_url, local_copy
 
+CARD = "README.md"  # says its licence
 # Weights that are plain arrays, and text; never pickles, never code.
 # Weights under the names that are loaded: some repositories hold a second copy under another.
-_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+_PATTERNS = (*_WEIGHTS, "*.json", "tokenizer.model", "merges.txt", "*.jinja", CARD)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -45,3 +48,17 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
             repository, revision=revision or at or None, allow_patterns=list(_PATTERNS), ignore_patterns=["*/*"]
         )
     return Path(found)
+
+
+def model_card(name: str, revision: str | None = None) -> Path | None:
+    """The card of a model that is not in a folder here, without the rest of it; ``None`` where there is none."""
+    with contextlib.suppress(ConfigError):
+        if is_url(name):
+            return Path(local_copy(f"{name.rstrip('/')}/{CARD}"))
+        repository, _, at = name.partition("@")
+        if _REPOSITORY.fullmatch(repository):
+            import huggingface_hub
+
+            with hub_errors(name):
+                return Path(huggingface_hub.hf_hub_download(repository, CARD, revision=revision or at or None))
+    return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxdraft.backend import assumed
 from jaxdraft.errors import ConfigError
+from jaxdraft.licences import objection, target_licence
 from jaxdraft.plan.compiled import Compiled, compile_program, topology_devices
 from jaxdraft.plan.hardware import Hardware, parse_hardware, parse_topology
 from jaxdraft.plan.programs import programs
@@ -53,6 +54,8 @@ def plan(
     devices = None if slices is None else topology_devices(slices)
     plans = plan_stages(context, chips)
     print("\n".join(report(context, plans, chips)), flush=True)
+    if told := objection(context.recipe, target_licence(context.recipe)):
+        print(f"note: {told}")
     found = to_json(context, plans, chips)
     if slices is not None and devices is not None:
         found["programs"] = []

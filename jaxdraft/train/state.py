@@ -1,6 +1,7 @@
 """The training state and the optimizer that moves it."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -52,13 +53,17 @@ class OptimizerSettings:
             raise ConfigError(f"steps is {self.steps}: it must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
             raise ConfigError(f"warmup_steps is {self.warmup_steps}: it must lie in 0..steps-1 = {self.steps - 1}")
-        if not 0 <= self.final_learning_rate <= self.learning_rate or self.learning_rate == 0:
+        if not 0 <= self.final_learning_rate <= self.learning_rate < math.inf or self.learning_rate == 0:
             raise ConfigError(
                 f"learning_rate is {self.learning_rate} and final_learning_rate {self.final_learning_rate}: "
-                "0 <= final <= learning_rate and learning_rate > 0 must hold"
+                "0 <= final <= learning_rate and 0 < learning_rate < inf must hold"
             )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.weight_decay >= 0 and self.clip_norm > 0):
-            raise ConfigError("b1 and b2 must lie in [0, 1), weight_decay must not be negative, clip_norm be positive")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ConfigError(f"b1 and b2 are {self.b1} and {self.b2}: they must lie in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay is {self.weight_decay}: it must be finite and not negative")
+        if not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm is {self.clip_norm}: it must be positive, inf for no clipping")
 
     def schedule(self) -> optax.Schedule:
         """Learning rate of the update that follows ``count`` finished updates."""

@@ -14,6 +14,7 @@ from jaxdraft.data.named import Corpus, Instructions
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.errors import ConfigError
+from jaxdraft.licences import is_expression
 from jaxdraft.recipe_file import load_recipe
 from jaxdraft.tokenizers import load_tokenizer
 
@@ -246,7 +247,7 @@ def test_limits_splits_and_files(tmp_path, tokenizer):
     ]
     provenance = Instructions("xsum", **settings, split="train").provenance()
     assert provenance["files"] == [str(tmp_path / f"data/train-0000{i}-of-00002.parquet") for i in (0, 1)]
-    assert "BBC" in provenance["licence"]
+    assert "BBC" in provenance["terms"]
     one = Instructions("xsum", str(tmp_path / "data" / "test-00001-of-00002.parquet"), form="plain")
     assert [prompt.id for prompt in one.prompts(tokenizer)] == ["2", "3"]
     assert one.fingerprint() != Instructions("xsum", **settings).fingerprint()
@@ -273,7 +274,7 @@ def test_what_there_is_not_is_named(make, message):
 def test_every_entry_says_where_it_is_from():
     for name, entry in {**CORPORA, **PROMPTS}.items():
         assert entry.repository.count("/") == 1, name
-        assert entry.licence, name
+        assert is_expression(entry.licence), name
         assert entry.reference, name
         assert len(entry.revision) == 40, name
 

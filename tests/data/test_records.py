@@ -97,15 +97,32 @@ def test_every_kind_of_damage_is_named(folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": 99}, "format 99"),
-        ({"shards": [{"file": "../rows-00000.array_record", "rows": 1, "bytes": 1, "sha256": ""}]}, "plain file name"),
+        (lambda m: m.update(format=99), "format 99"),
+        (lambda m: m["shards"][0].update(file="../rows-00000.array_record"), "plain file name"),
+        (lambda m: m["shards"][0].update(file="a\0b"), "plain file name"),
+        (lambda m: m.pop("length"), "no 'length'"),
+        (lambda m: m.update(length="32"), "'length' is \"32\", not of type int"),
+        (lambda m: m.update(length=-32), "'length' is -32"),
+        (lambda m: m.update(length=1 << 62), "'length' is 4611686018427387904"),
+        (lambda m: m.update(length=1 << 30), "do not hold the 40 rows"),
+        (lambda m: m["columns"].update(tokens="|O"), "'columns' are"),
+        (lambda m: m["columns"].update(more=["<f8", 1 << 40]), "'columns' are"),
+        (lambda m: m.update(vocab_size=None), "'vocab_size' is null"),
+        (
+            lambda m: m.update(target_logits={"k": 1 << 40, "vocabulary": 9, "temperature": 1.0}),
+            "'target_logits' has k",
+        ),
+        (lambda m: m.update(shards=[7]), "damaged"),
+        (lambda m: m.update(rows=10**9), "'rows' is 1000000000"),
     ],
 )
 def test_foreign_manifests_are_refused(folder, change, message):
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ConfigError, match=message):
-        PackedRows(folder)
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=rf"{folder}.*{message}"):
+        PackedRows(folder, verify=False)
     path.write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
         PackedRows(folder)

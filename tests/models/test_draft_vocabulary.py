@@ -59,8 +59,8 @@ def test_a_folder_keeps_it(config, narrow, tmp_path):
     ("change", "answer"),
     [
         (lambda tensors: tensors.pop("d2t"), "no file the map d2t"),
-        (lambda tensors: tensors.update(d2t=np.arange(3)), r"d2t is int64\[3\]; draft_vocab_size is 4"),
-        (lambda tensors: tensors.update(d2t=np.zeros(4, np.float32)), r"d2t is float32\[4\]"),
+        (lambda tensors: tensors.update(d2t=np.arange(3)), r"d2t is I64\[3\]; draft_vocab_size is 4"),
+        (lambda tensors: tensors.update(d2t=np.zeros(4, np.float32)), r"d2t is F32\[4\]"),
         (lambda tensors: tensors.update(d2t=np.asarray([0, 0, 9, 0])), "head_ids must be ids of the vocabulary"),
         (lambda tensors: tensors.update({"lm_head.weight": np.zeros((5, 8), np.float32)}), r"has shape \(5, 8\)"),
     ],

@@ -141,6 +141,10 @@ def main():
             found = (run[0] if run else program)(*arguments)
             np.savez(f"{name}-{mesh.size}", *jax.tree.leaves(found))
             Path(f"{name}-{mesh.size}.hlo").write_text(program.as_text())
+    for mesh in one, eight:
+        made = jax.jit(init_params, static_argnums=0, out_shardings=model_shardings(DRAFT, mesh))
+        key = jax.random.key(0, impl="threefry2x32")
+        np.savez(f"initial-{mesh.size}", *jax.tree.leaves(made(DRAFT, key)))
 
 
 if __name__ == "__main__":

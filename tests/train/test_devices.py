@@ -60,6 +60,12 @@ def in_loops(found):
     return names
 
 
+def test_initial_parameters_are_the_same_numbers(sums):
+    one, eight = (np.load(sums / f"initial-{count}.npz").values() for count in (1, 8))
+    for expected, actual in zip(one, eight, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_losses(sums, name):
     assert_equal(sums, name)
