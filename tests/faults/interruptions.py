@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+import unittest
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -154,6 +155,8 @@ def killed(bench: Bench) -> Outcome:
 
 @fault("F2", "SIGKILL at a file-system call of a save, of a row shard's or an answer shard's commit", slow=True)
 def killed_at_a_call(bench: Bench) -> Outcome:
+    if shutil.which("cc") is None:
+        raise unittest.SkipTest("no C compiler")  # which pytest knows too
     reference, workdir, shim = longer(bench), bench.new("calls"), bench.new("kill_at").with_suffix(".so")
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, SHIM, "-ldl"], check=True)
     injected = held = 0
