@@ -99,9 +99,9 @@ def differing(found: dict[str, str], expected: dict[str, str]) -> list[str]:
     return [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
 
 
-def finished(workdir: Path, expected: Path) -> list[str]:
+def finished(workdir: Path, expected: Path, arguments: Sequence[str] = LONGER) -> list[str]:
     """Runs to the end; returns what is then otherwise than expected."""
-    done = run(workdir, *LONGER)
+    done = run(workdir, *arguments)
     return [done.stderr[-300:]] if done.returncode else differing(hashes(workdir), hashes(expected))
 
 
@@ -117,16 +117,23 @@ def killed_once(bench: Bench) -> Outcome:
 
 @fault("F3", "SIGTERM while a draft is distilled")
 def stopped_once(bench: Bench) -> Outcome:
-    return _distilled(bench, signal.SIGTERM, _as_promised)
+    return _distilled(bench, signal.SIGTERM, _as_promised, *_unsaved("distill"))
+
+
+def _unsaved(stage: str) -> list[str]:
+    """Settings under which what a stage saves before its end is what a signal made it save."""
+    return ["--set", f"{stage}.save_every={STEPS}", "--set", f"{stage}.keep_every={STEPS}"]
 
 
 def _as_promised(struck: Struck, folder: Path) -> bool:
     return struck.code == 75 and struck.seconds < ONE_STOPS and saved(folder)
 
 
-def _distilled(bench: Bench, number: signal.Signals, promised: Callable[[Struck, Path], bool]) -> Outcome:
+def _distilled(
+    bench: Bench, number: signal.Signals, promised: Callable[[Struck, Path], bool], *settings: str
+) -> Outcome:
     """One signal in a stage that goes on beside all that was done before it."""
-    workdir, only = bench.new("distilled"), ("--only", "distill")
+    workdir, only = bench.new("distilled"), (*settings, "--only", "distill")
     shutil.copytree(bench.undisturbed, workdir, ignore=shutil.ignore_patterns("distill", "evaluate", "export"))
     struck = strike(bench, workdir, "distill", number, when=come_to(1), arguments=only)
     code, said = called("run", str(RECIPE), "--workdir", str(workdir), *only)
@@ -191,13 +198,15 @@ STOPPED: dict[str, tuple[str, Callable[[Path], bool], float]] = {
 
 @fault("F3", "SIGTERM in prepare, compile, train, save, generate and evaluate", slow=True)
 def stopped(bench: Bench) -> Outcome:
-    reference, workdir = longer(bench), bench.new("stopped")
+    reference, workdir, arguments = longer(bench), bench.new("stopped"), (*LONGER, *_unsaved("pretrain"))
     injected = held = 0
     notes, slowest = [], 0.0
     for what, (stage, when, within) in STOPPED.items():
         for i in range(-(-bench.effort // 3)):
             cold = {"JAX_COMPILATION_CACHE_DIR": str(bench.new("cold"))} if what == "compile" else {}
-            struck = strike(bench, workdir, stage, signal.SIGTERM, when=when, within=within, **cold)
+            struck = strike(
+                bench, workdir, stage, signal.SIGTERM, when=when, within=within, arguments=arguments, **cold
+            )
             if not struck.running:
                 continue
             folder, steps = workdir / stage, progress(workdir / stage)
@@ -209,7 +218,7 @@ def stopped(bench: Bench) -> Outcome:
                     f"{what} {i}: exit {struck.code} after {struck.seconds:.1f} s, step {newest_checkpoint(folder)} "
                     f"saved of {steps}: {struck.said[-300:]}"
                 )
-    wrong = finished(workdir, reference)
+    wrong = finished(workdir, reference, arguments)
     return Outcome(injected, 0 if wrong else held, "; ".join([f"at most {slowest:.1f} s to the exit", *notes, *wrong]))
 
 
