@@ -136,10 +136,11 @@ def _distilled(
     workdir, only = bench.new("distilled"), (*settings, "--only", "distill")
     shutil.copytree(bench.undisturbed, workdir, ignore=shutil.ignore_patterns("distill", "evaluate", "export"))
     struck = strike(bench, workdir, "distill", number, when=come_to(1), arguments=only)
+    is_promised = promised(struck, workdir / "distill")
     code, said = called("run", str(RECIPE), "--workdir", str(workdir), *only)
     of_stage = lambda found: {name: digest for name, digest in found.items() if name.startswith("distill/")}
     is_same = code == 0 and of_stage(hashes(workdir)) == of_stage(bench.expected)
-    is_held = struck.running and promised(struck, workdir / "distill") and is_same
+    is_held = struck.running and is_promised and is_same
     return Outcome(int(struck.running), int(is_held), f"at step {struck.progress}; {said[-300:] if code else ''}")
 
 
