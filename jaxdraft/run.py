@@ -17,7 +17,7 @@ from jaxdraft.context import Context
 from jaxdraft.data.records import sha256, write_json
 from jaxdraft.distributed import is_alone, is_lead, on_lead, together
 from jaxdraft.early_checks import check_early
-from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.errors import ConfigError, Interrupted, naming
 from jaxdraft.home import LOCK, Home, open_home
 from jaxdraft.licences import check_licence
 from jaxdraft.losses import check_loss
@@ -189,10 +189,11 @@ def _execute(plan: Plan, context: Context) -> str:
     execute = lambda: EXECUTE[type(stage)](stage, context)
     elapsed = lambda: round(record["seconds"] + time.perf_counter() - began, 3)
     try:
-        if isinstance(stage, TOGETHER):
-            files, summary = execute()
-            return on_lead(lambda: _closed(record, files, summary, elapsed(), context))
-        return on_lead(lambda: _closed(record, *execute(), elapsed(), context))
+        with naming(context.folder(stage.name)):
+            if isinstance(stage, TOGETHER):
+                files, summary = execute()
+                return on_lead(lambda: _closed(record, files, summary, elapsed(), context))
+            return on_lead(lambda: _closed(record, *execute(), elapsed(), context))
     except BaseException:
         if is_lead():
             with contextlib.suppress(OSError):
@@ -270,7 +271,8 @@ def _report(context: Context) -> str | None:
 
         for record in shown:
             context.home.fetch(record.parent.name, REPORTED)
-        write_report(context.workdir)
+        with naming(path):
+            write_report(context.workdir)
         context.home.keep_report()
     return str(path)
 

@@ -18,6 +18,7 @@ the source's rows that were rejected by reason, what is stored of which target, 
 and sha256.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +26,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,21 +190,41 @@ def write_shard(path: Path, blocks: Iterable[Block], format: Format) -> dict[str
     Raises:
       ConfigError: a row that does not fit `format`.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     totals = {"rows": 0, "tokens": 0, "labels": 0}
-    try:
+    with new_records(path) as write:
         for rows in blocks:
             for record in format.records(rows, f"row {totals['rows']} of {path.name}"):
-                writer.write(record.tobytes())
+                write(record.tobytes())
             totals["rows"] += len(rows["tokens"])
             totals["tokens"] += int(np.count_nonzero(rows["segment_ids"]))
             totals["labels"] += int(np.count_nonzero(rows["loss_mask"]))
-    finally:
-        writer.close()
-    entry = {"file": path.name, **totals, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+    return {"file": path.name, **totals, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+@contextlib.contextmanager
+def new_records(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Gives what appends a record to a new file, which has its name when all of it is complete and durable.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+
+    def told(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except RuntimeError as error:  # array_record's, of a full disk for one
+            raise OSError(f"{path}: {error}") from error
+
+    temporary = path.with_name(path.name + ".tmp")
+    writer = told(lambda: array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS))
+    try:
+        yield lambda record: told(lambda: writer.write(record))
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    told(writer.close)
     commit(temporary, path)
-    return entry
 
 
 def write_manifest(

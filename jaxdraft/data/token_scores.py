@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 
-from jaxdraft.data.records import Format, commit, random_access
+from jaxdraft.data.records import Format, new_records, random_access
 
 _NAMES = ("target_ids", "target_log_probs")
 
@@ -32,14 +31,9 @@ class TokenScores(NamedTuple):
 
 def write_scores(path: Path, scores: Iterable[TokenScores], format: Format) -> None:
     """Writes the file, which appears under its name only when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-    try:
+    with new_records(path) as write:
         for answer in scores:
-            writer.write(b"".join(x.astype(format.columns[name].dtype).tobytes() for name, x in _named(answer)))
-    finally:
-        writer.close()
-    commit(temporary, path)
+            write(b"".join(x.astype(format.columns[name].dtype).tobytes() for name, x in _named(answer)))
 
 
 def read_scores(path: Path, format: Format) -> Iterator[TokenScores]:
