@@ -87,7 +87,8 @@ MAY_IMPORT = {
         "settings",
         "stored_targets",
     },
-    "run": BELOW_STAGES | {"context", "early_checks", "home", "licences", "provenance", "recipe", "settings", "stages"},
+    "run": BELOW_STAGES
+    | {"context", "early_checks", "export", "home", "licences", "provenance", "recipe", "settings", "stages"},
     "replay": BELOW_STAGES | {"context", "diff", "home", "provenance", "recipe", "run", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "licences", "recipe", "recipe_file", "stored_targets"},
     "cli_sample": BELOW_STAGES,

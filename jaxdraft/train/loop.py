@@ -124,12 +124,9 @@ def train(
                     log.flush()
                     if saved < step:  # a measurement that does not come back to Python, as it is compiled, ends all
                         save(step)
-                    try:
-                        with at_once():
-                            lines = measure(state.params)
-                    except Interrupted:
                         checkpoints.wait()
-                        raise
+                    with at_once():
+                        lines = measure(state.params)
                     log.measured(step, lines)
                 if step == end:
                     break
