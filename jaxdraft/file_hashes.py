@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from jaxdraft.data.records import sha256, write_json
+from jaxdraft.files import sha256, write_json
 
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 

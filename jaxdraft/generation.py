@@ -21,13 +21,14 @@ from jaxdraft.data.conversations import prompt_mask
 from jaxdraft.data.pipeline import pack_whole
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Quarantine
-from jaxdraft.data.records import Format, write_json
+from jaxdraft.data.records import Format
 from jaxdraft.data.token_scores import TokenScores
 from jaxdraft.data_stages import Outputs, write_packed
 from jaxdraft.decode import Request, Usage, stream
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
+from jaxdraft.files import write_json
 from jaxdraft.models import compute_dtype
 from jaxdraft.questions import Question, ask
 from jaxdraft.recipe import TARGET, Generate

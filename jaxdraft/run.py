@@ -15,11 +15,11 @@ from typing import Any
 import jax
 
 from jaxdraft.context import Context
-from jaxdraft.data.records import sha256, write_json
 from jaxdraft.distributed import is_alone, is_lead, on_lead, together
 from jaxdraft.early_checks import check_early
 from jaxdraft.errors import ConfigError, Interrupted, naming
 from jaxdraft.export import MODEL
+from jaxdraft.files import sha256, write_json
 from jaxdraft.home import LOCK, Home, open_home
 from jaxdraft.licences import check_licence
 from jaxdraft.losses import check_loss

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxdraft import file_hashes
-from jaxdraft.data.records import MANIFEST, random_access, sha256
+from jaxdraft.data.records import MANIFEST, random_access
 from jaxdraft.errors import ConfigError, unknown_name
+from jaxdraft.files import sha256
 from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
 from jaxdraft.inspect import as_bytes
 from jaxdraft.provenance import output_hash, stage_fingerprint
