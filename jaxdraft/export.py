@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdraft import __version__
-from jaxdraft.data.records import MANIFEST, commit
+from jaxdraft.data.records import MANIFEST
 from jaxdraft.errors import ConfigError, naming
 from jaxdraft.evaluate.collect import of_smallest_batch
 from jaxdraft.evaluate.words import decoding
+from jaxdraft.files import commit
 from jaxdraft.licences import TERMS, source_licences
 from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params

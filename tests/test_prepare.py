@@ -19,10 +19,11 @@ from jaxdraft.data import chunks
 from jaxdraft.data.conversations import Conversation, labelled
 from jaxdraft.data.pipeline import sample
 from jaxdraft.data.quarantine import Rejected
-from jaxdraft.data.records import PackedRows, sha256, write_rows
+from jaxdraft.data.records import PackedRows, write_rows
 from jaxdraft.data.sources import Text
 from jaxdraft.data.stdlib import PythonLibrary
 from jaxdraft.errors import ConfigError
+from jaxdraft.files import sha256
 from jaxdraft.recipe import HFModel, Prepare, Subset
 from jaxdraft.run import plan_all, run
 from jaxdraft.tokenizers import ChatTemplateError, load_tokenizer

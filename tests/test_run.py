@@ -8,10 +8,8 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -22,12 +20,13 @@ from safetensors.numpy import load_file
 from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.prompts import PromptFile
-from jaxdraft.data.records import PackedRows, sha256
+from jaxdraft.data.records import PackedRows
 from jaxdraft.decode import acceptance_ratios, expected_blocks, generate
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
+from jaxdraft.files import sha256
 from jaxdraft.losses import KL, TVDPlusPlus
 from jaxdraft.models import Decoder, ModelConfig, head_weight, init_params, logits
 from jaxdraft.models.hf import load_config, load_model, save_model
@@ -565,35 +564,6 @@ def start(workdir, *arguments):
 def test_a_fresh_process_gives_the_same_bytes(tiny_run, tmp_path):
     assert start(tmp_path / "fresh").wait() == 0
     assert hashes(tmp_path / "fresh") == hashes(tiny_run)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["target", "pretrain", "responses", "distill", "evaluate", "export"])
-def test_killed_in_any_stage_and_started_again_gives_the_same_bytes(tiny_run, tmp_path, stage):
-    workdir = tmp_path / "killed"
-    process = start(workdir)
-    record = workdir / stage / "stage.json"
-    deadline = time.monotonic() + 300
-    while process.poll() is None and not record.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.0 if stage == "export" else 1.0)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert start(workdir).wait() == 0
-    assert hashes(workdir) == hashes(tiny_run)
-
-
-@pytest.mark.slow
-def test_sigterm_exits_with_75_and_the_rest_is_done_by_the_same_command(tiny_run, tmp_path):
-    workdir = tmp_path / "stopped"
-    process = start(workdir)
-    while not (workdir / "pretrain" / "stage.json").exists():
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait() == 75
-    assert start(workdir).wait() == 0
-    assert hashes(workdir) == hashes(tiny_run)
 
 
 OWN = """

@@ -21,11 +21,8 @@ and sha256.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from jaxdraft.errors import ConfigError, naming
+from jaxdraft.errors import ConfigError
+from jaxdraft.files import commit, sha256, write_json
 from jaxdraft.untrusted import check_fields, check_file, damaged, is_plain_name, read_json
 
 MANIFEST = "manifest.json"
@@ -267,30 +265,9 @@ def write_manifest(
     return manifest
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that appears under its name only when it is complete and durable."""
-    temporary = path.with_name(path.name + ".tmp")
-    with naming(path):
-        temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    commit(temporary, path)
-
-
-def commit(temporary: Path, path: Path) -> None:
-    """Makes `temporary` durable, then visible under its name."""
-    with naming(path), temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def random_access(path: Path) -> Any:
+    """A reader of an ArrayRecord file's records, in any order: it reads nothing ahead, and starts no threads."""
+    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
 
 
 class PackedRows:
@@ -340,9 +317,7 @@ class PackedRows:
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
-            self._readers[shard] = array_record_module.ArrayRecordReader(
-                str(self._path(shard)), "readahead_buffer_size:0,max_parallelism:0"
-            )
+            self._readers[shard] = random_access(self._path(shard))
         return self._readers[shard]
 
     def _path(self, shard: int) -> Path:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 
-from jaxdraft.data.records import Format, new_records
+from jaxdraft.data.records import Format, new_records, random_access
 
 _NAMES = ("target_ids", "target_log_probs")
 
@@ -40,7 +39,7 @@ def write_scores(path: Path, scores: Iterable[TokenScores], format: Format) -> N
 def read_scores(path: Path, format: Format) -> Iterator[TokenScores]:
     """Each answer's, in the order in which they were written."""
     ids, log_probs = (format.columns[name] for name in _NAMES)
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    reader = random_access(path)
     for i in range(reader.num_records()):
         record = reader.read([i])[0]
         count = len(record) // (ids.bytes + log_probs.bytes)

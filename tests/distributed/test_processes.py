@@ -150,15 +150,6 @@ def test_a_process_may_hold_filler_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_processes(alone, tmp_path):
-    run(TINY, tmp_path / "run", 2, 1, "--only", "tokenizer", "corpus", "target", "--set", "target.steps=6")
-    run(TINY, tmp_path / "run", 1, 1)
-    found = differences(alone, tmp_path / "run")
-    assert found["loss"] < 1e-5
-    assert found["parameters"] < 1e-5
-
-
-@pytest.mark.slow
 def test_a_mistake_ends_every_process_with_the_same_words(tmp_path):
     with pytest.raises(RuntimeError, match=r"exit codes \[2, 2\]") as failed:
         run(TINY, tmp_path / "run", 2, 1, "--set", "pretrain.init=subclone", "--set", "draft.hidden_size=64")

@@ -39,8 +39,8 @@ class Holding(NamedTuple):
     threads: int
 
 
-def endure(workdir: Path, steps: int, saves: int, stage: str = STAGE) -> list[Holding]:
-    """Trains a stage of the tiny recipe and returns the least it held over the steps up to a tenth, and at the end."""
+def endure(workdir: Path, steps: int, saves: int, early: int, stage: str = STAGE) -> list[Holding]:
+    """Trains a stage of the tiny recipe and returns the least it held before an early step and before the last."""
     settings = {f"{stage}.steps": steps, f"{stage}.save_every": steps // saves}
     arguments = (word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
     process = start(workdir, *arguments, **ALLOCATOR)
@@ -50,7 +50,7 @@ def endure(workdir: Path, steps: int, saves: int, stage: str = STAGE) -> list[Ho
         process.kill()
         process.communicate()
     span = steps // 20
-    return [_least([x for x in seen if end - span < x.step <= end]) for end in (steps // 10, steps)]
+    return [_least([x for x in seen if end - span < x.step <= end]) for end in (early, steps)]
 
 
 def grown(early: Holding, late: Holding) -> list[str]:
@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--saves", type=int, default=200)
     parser.add_argument("--stage", default=STAGE, help=f"of tests/tiny_recipe.py (default: {STAGE})")
     options = parser.parse_args()
-    early, late = endure(options.out, options.steps, options.saves, options.stage)
+    early, late = endure(options.out, options.steps, options.saves, options.steps // 10, options.stage)
     print("| steps | memory, MiB | descriptors | threads |\n|---|---|---|---|")
     for held in (early, late):
         print(f"| {held.step:,} | {held.memory:.1f} | {held.descriptors} | {held.threads} |")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxdraft.data.records import sha256
+from jaxdraft.files import sha256
 from jaxdraft.tracking import read_jsonl
 from tests.distributed import layouts
 from tests.faults.bench import RECIPE, Bench, Outcome, called, fault
@@ -47,7 +47,7 @@ def moved(bench: Bench) -> Outcome:
         worst = {key: max(value, float(found[key])) for key, value in worst.items()}
         held += 0 < saved < STEPS and found["loss"] < TOLERANCE and found["parameters"] < TOLERANCE
     figures = ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
-    return Outcome(count, held, "; ".join([f"differ by at most {figures}", *notes]))
+    return Outcome(count, int(held), "; ".join([f"differ by at most {figures}", *notes]))
 
 
 @fault("F15", "SIGKILL of 1 to 3 processes that write answers, restarted as 1 to 3 others", slow=True)

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.faults import FAULTS, Bench
+from tests.faults.endurance import endure, grown
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +32,11 @@ def test_quick(fault, bench):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.number} {f.injection}")
 def test_thorough(fault, thorough):
     _check(fault, thorough)
+
+
+@pytest.mark.slow
+def test_files_and_threads_of_a_run_do_not_grow(tmp_path):
+    """Memory too takes more steps to tell: ``python -m tests.faults.endurance``."""
+    early, late = endure(tmp_path / "run", steps=600, saves=12, early=300)  # when its pools of threads are full
+    assert early.step < late.step == 600
+    assert not grown(early._replace(memory=late.memory), late)
