@@ -105,6 +105,8 @@ def missing(shards: Sequence[Shard], generator: Mapping[str, Any], say: Callable
         try:
             record = json.loads(shard.record.read_text("utf-8"))
             made_by, hashes = dict(record["generator"]), dict(record["sha256"])
+            if record["answers"] != len(shard.questions):
+                raise ValueError(record["answers"])
         except (ValueError, LookupError, TypeError):
             say(f"    {shard.record.name} is damaged; the shard is written again")
             found.append(i)
