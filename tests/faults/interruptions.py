@@ -96,7 +96,7 @@ def moments(bench: Bench, steps: int, count: int) -> list[int]:
 
 def differing(found: dict[str, str], expected: dict[str, str]) -> list[str]:
     """What is missing, extra or other than in the undisturbed run."""
-    return [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    return sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
 
 
 def finished(workdir: Path, expected: Path, arguments: Sequence[str] = LONGER) -> list[str]:
