@@ -234,7 +234,9 @@ def stopped(bench: Bench) -> Outcome:
 def one_of_two(bench: Bench) -> Outcome:
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
     count = max(len(numbers), bench.effort)
-    arguments = ("--set", f"target.steps={8 * (count + 1)}", "--only", "tokenizer", "corpus", "target")
+    apart = 100  # steps from one to the next: they pass quickly, and two processes need a while to agree where to stop
+    steps = ("--set", f"target.steps={apart * (count + 1)}", "--set", "target.save_every=20")
+    arguments = (*steps, "--only", "tokenizer", "corpus", "target")
     reference, workdir = bench.new("two"), bench.new("one-of-two")
     layouts.run(RECIPE, reference, 2, 1, *arguments)
     injected = held = 0
@@ -244,7 +246,7 @@ def one_of_two(bench: Bench) -> Outcome:
         whom = (0, 1) if number == signal.SIGINT else (bench.random.randrange(2),)
         started = layouts.start(RECIPE, workdir, 2, 1, *arguments)
         try:
-            while _at_work(started) and (opened(folder) == before or progress(folder) < 8 * (i + 1)):
+            while _at_work(started) and (opened(folder) == before or progress(folder) < apart * i + 4):
                 time.sleep(0.002)
             landed, sent = _at_work(started), time.monotonic()
             for index in whom:
