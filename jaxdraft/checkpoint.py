@@ -100,8 +100,14 @@ class Checkpoints:
 
         Raises:
           ConfigError: it is a state of another identity; the message says in what they differ.
+          OSError: a file of it is damaged or gone; the message names it.
           ValueError: arrays differ in shape or dtype, or do not match the fingerprint they were saved with.
         """
+        if wrong := self._damage(step):
+            raise OSError(f"checkpoint {step} cannot be read: {wrong}. Bring it back from a copy, or train anew")
+        return self._restore(abstract_state, step)
+
+    def _restore(self, abstract_state: Any, step: int) -> Any:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if self._identity is not None and meta["identity"] != self._identity:
             told = "; ".join(changes(meta["identity"] or {}, self._identity))
@@ -125,7 +131,7 @@ class Checkpoints:
             state, failure = None, on_lead(functools.partial(self._damage, step))
             if not failure:
                 try:
-                    state = self.restore(abstract_state, step)
+                    state = self._restore(abstract_state, step)
                 except _Foreign:
                     raise
                 except Exception as error:  # orbax raises many kinds for a damaged file
