@@ -84,6 +84,14 @@ def test_any_damaged_file_is_named(saved, tmp_path, file, caplog):
     assert f"{folder}/3/{file} is damaged" in caplog.text
 
 
+def test_an_older_step_that_is_asked_for_is_checked_too(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "damaged")
+    (tmp_path / "damaged" / "2" / "state" / "_METADATA").unlink()
+    with Checkpoints(tmp_path / "damaged", keep_every=1) as checkpoints:
+        with pytest.raises(OSError, match="checkpoint 2 cannot be read: .*_METADATA is gone"):
+            checkpoints.restore(ABSTRACT, 2)
+
+
 def test_a_checkpoint_that_is_gone_is_missed(saved, tmp_path, caplog):
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)
