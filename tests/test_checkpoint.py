@@ -88,7 +88,7 @@ def test_an_older_step_that_is_asked_for_is_checked_too(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "damaged")
     (tmp_path / "damaged" / "2" / "state" / "_METADATA").unlink()
     with Checkpoints(tmp_path / "damaged", keep_every=1) as checkpoints:
-        with pytest.raises(OSError, match="checkpoint 2 cannot be read: .*_METADATA is gone"):
+        with pytest.raises(OSError, match=r"checkpoint 2 cannot be read: .*_METADATA is gone"):
             checkpoints.restore(ABSTRACT, 2)
 
 
