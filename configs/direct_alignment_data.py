@@ -1,8 +1,10 @@
 """The data of Direct Alignment (arXiv 2403.00858): text to pretrain on, and what the target answers to instructions.
 
-    jaxdraft run direct_alignment_data --workdir runs/direct-alignment-data
+    jaxdraft run direct_alignment_data --workdir runs/direct-alignment-data --accept-license
 
-Llama-2-7b-chat is gated (`hf auth login`), and its tokenizer needs its chat template. Done as the paper says it:
+Llama-2-7b-chat is gated (`hf auth login`), and its tokenizer needs its chat template. Its licence forbids to improve
+other models with its output (1.b.v), so the run asks for `--accept-license`; `--list` says where to read it. Done as
+the paper says it:
 
 - `text` (A.4): tokenised with the target's tokenizer, EOS after each document, concatenated, cut into rows of 2048. The
   600 B tokens are of "publicly available datasets" that are not named: here FineWeb's sample of 10 B.

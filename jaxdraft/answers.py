@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdraft.data.pipeline import Example
-from jaxdraft.data.records import Format, sha256, write_json
+from jaxdraft.data.records import Format
 from jaxdraft.data.token_scores import TokenScores, read_scores, with_prompt, write_scores
 from jaxdraft.errors import ConfigError
+from jaxdraft.files import sha256, write_json
 from jaxdraft.questions import Question
 from jaxdraft.tracking import read_jsonl, write_jsonl
 

@@ -100,23 +100,11 @@ class Checkpoints:
 
         Raises:
           ConfigError: it is a state of another identity; the message says in what they differ.
-          OSError: a file of it is damaged or gone; the message names it.
-          ValueError: arrays differ in shape or dtype, or do not match the fingerprint they were saved with.
+          OSError: a file is damaged, or arrays differ in shape or dtype or from the fingerprint they were saved with.
         """
-        if wrong := self._damage(step):
-            raise OSError(f"checkpoint {step} cannot be read: {wrong}. Bring it back from a copy, or train anew")
-        return self._restore(abstract_state, step)
-
-    def _restore(self, abstract_state: Any, step: int) -> Any:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        if self._identity is not None and meta["identity"] != self._identity:
-            told = "; ".join(changes(meta["identity"] or {}, self._identity))
-            raise _Foreign(f"checkpoint {step} in {self._manager.directory} is of another run: {told}")
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        ).state
-        if [int(x) for x in fingerprint(state)] != meta["fingerprint"]:
-            raise ValueError(f"checkpoint {step} in {self._manager.directory} does not match its fingerprint")
+        state, failure = self._checked(abstract_state, step)
+        if failure:
+            raise OSError(f"checkpoint {step} in {self._manager.directory} cannot be used: {failure}")
         return state
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any] | None:
@@ -128,27 +116,42 @@ class Checkpoints:
         """
         failures: dict[int, str] = {}
         for step in reversed(on_lead(self._steps_there_should_be)):
-            state, failure = None, on_lead(functools.partial(self._damage, step))
+            state, failure = self._checked(abstract_state, step)
             if not failure:
-                try:
-                    state = self._restore(abstract_state, step)
-                except _Foreign:
-                    raise
-                except Exception as error:  # orbax raises many kinds for a damaged file
-                    failure = str(error).splitlines()[0]
-            if found := on_all(failure):  # a process reads its own parts only
-                failures[step] = f"step {step}: {found[0]}"
-                logger.warning("checkpoint skipped, %s", failures[step])
-                continue
-            for damaged in failures.keys() & set(self.steps):  # orbax saves nothing before its newest step
-                self._manager.delete(damaged)
-            return step, state
+                for damaged in failures.keys() & set(self.steps):  # orbax saves nothing before its newest step
+                    self._manager.delete(damaged)
+                return step, state
+            failures[step] = f"step {step}: {failure}"
+            logger.warning("checkpoint skipped, %s", failures[step])
         if failures:
             raise OSError(
                 f"no checkpoint in {self._manager.directory} is intact ({'; '.join(failures.values())}): bring one "
                 f"back from a copy, or delete the folder to train anew"
             )
         return None
+
+    def _checked(self, abstract_state: Any, step: int) -> tuple[Any, str]:
+        """The state of a step, and what is wrong with it on any process, each of which reads its own parts only."""
+        state, failure = None, on_lead(functools.partial(self._damage, step))
+        if not failure:
+            try:
+                state = self._read(abstract_state, step)
+            except _Foreign:
+                raise
+            except Exception as error:  # orbax raises many kinds for a damaged file
+                failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return state, next(iter(on_all(failure)), "")
+
+    def _read(self, abstract_state: Any, step: int) -> Any:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if self._identity is not None and meta["identity"] != self._identity:
+            told = "; ".join(changes(meta["identity"] or {}, self._identity))
+            raise _Foreign(f"checkpoint {step} in {self._manager.directory} is of another run: {told}")
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        state = self._manager.restore(step, args=args).state
+        if [int(x) for x in fingerprint(state)] != meta["fingerprint"]:
+            raise ValueError("its arrays do not match their fingerprint")
+        return state
 
     def _hash(self) -> None:
         """Called by orbax, in its thread, when a checkpoint is complete and does not have its name yet."""
@@ -158,9 +161,9 @@ class Checkpoints:
                 write_hashes(folder, self._records / f"{step}.json", complete=False)
 
     def _finish_records(self, folder: Path) -> None:
-        there = set(self.steps)
-        for record in folder.glob("*.json"):
-            if int(record.stem) not in there:
+        there = set(map(str, self.steps))
+        for record in folder.glob("[0-9]*.json"):
+            if record.stem not in there:
                 record.unlink()
             elif not is_complete(record):
                 write_hashes(folder / record.stem, record, complete=True)
@@ -168,8 +171,9 @@ class Checkpoints:
     def _steps_there_should_be(self) -> list[int]:
         """With those newer than all others whose folder is gone; one without a complete record was never finished."""
         steps = self.steps
-        records = [] if self._records is None else [path for path in self._records.glob("*.json") if is_complete(path)]
-        return steps + sorted(step for path in records if (step := int(path.stem)) > max(steps, default=-1))
+        found = [] if self._records is None else self._records.glob("[0-9]*.json")
+        recorded = [int(path.stem) for path in found if path.stem.isdigit() and is_complete(path)]
+        return steps + sorted(step for step in recorded if step > max(steps, default=-1))
 
     def _damage(self, step: int) -> str:
         """What is wrong with a step's files, in words; where their hashes alone are gone its fingerprint decides."""

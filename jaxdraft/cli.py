@@ -265,8 +265,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             if options.dry_run and plan.state != "done":
                 print(f"    {plan.stage}")
         return
-    check_licence(recipe, options.workdir, options.accept_license)
     with owned(leaves=True):
+        check_licence(recipe, options.workdir, options.accept_license)
         initialize()
         report = run(recipe, options.workdir, options.only, command, options.profile, options.accept_license)
     if report is not None:

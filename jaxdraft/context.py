@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdraft.data.records import PackedRows, sha256
+from jaxdraft.data.records import PackedRows
 from jaxdraft.errors import ConfigError
 from jaxdraft.export import MODEL
+from jaxdraft.files import sha256
 from jaxdraft.home import Home
 from jaxdraft.models import ModelConfig, compute_dtype
 from jaxdraft.models.folder import weight_files

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 
-from jaxdraft.data.records import MANIFEST, PackedRows
+from jaxdraft.data.records import MANIFEST, PackedRows, random_access
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import RECORD, Home
-from jaxdraft.inspect import printable
 from jaxdraft.models.folder import opened
 from jaxdraft.provenance import differences
 from jaxdraft.settings import shortened
 from jaxdraft.tracking import progress_bar
-from jaxdraft.untrusted import read_json
-from jaxdraft.verify import OWN
+from jaxdraft.untrusted import printable, read_json
+from jaxdraft.verify import OWN, read_recipe
 
 # A field whose name has one of these in it is a time or follows from one.
 TIMES = ("second", "latency", "token_rate", "tpot", "speedup", "predicted", "by_time", "best_block")
@@ -58,11 +56,7 @@ def diff(first: Home, second: Home) -> list[Compared]:
       ConfigError: one is no run directory, or a file that has to be read is damaged.
     """
     homes = first, second
-    for home in homes:
-        home.fetch_records()
-        if not (home.folder / "recipe.json").is_file():
-            raise ConfigError(f"{home} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
-    recipes = [read_json(home.folder / "recipe.json") for home in homes]
+    recipes = list(map(read_recipe, homes))
     runs = [read_json(path) if (path := home.folder / "run.json").is_file() else {} for home in homes]
     names = list(dict.fromkeys(stage["name"] for recipe in recipes for stage in recipe["stages"]))
     for home, name in itertools.product(homes, names):
@@ -227,15 +221,15 @@ def _tensor(first: Any, second: Any, name: str) -> str:
 
 def _rows(one: Path, other: Path) -> str:
     """Records of ArrayRecord files; of packed rows also the column and the position."""
-    readers = [
-        array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-        for path in (one, other)
-    ]
-    counts = [reader.num_records() for reader in readers]
-    for i in range(min(counts)):
-        a, b = (reader.read([i])[0] for reader in readers)
-        if a != b:
-            return f", row {i}{_column(one, other, i)}"
+    try:
+        readers = random_access(one), random_access(other)
+        counts = [reader.num_records() for reader in readers]
+        for i in range(min(counts)):
+            a, b = (reader.read([i])[0] for reader in readers)
+            if a != b:
+                return f", row {i}{_column(one, other, i)}"
+    except RuntimeError as error:
+        raise ConfigError(f"{one} or {other} is damaged ({error}): `jaxdraft verify` says which") from error
     return f": {counts[0]:,} and {counts[1]:,} rows" if counts[0] != counts[1] else ""
 
 

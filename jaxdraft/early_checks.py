@@ -6,7 +6,7 @@ Each of these is found out again by the stage it is about, hours later.
 from jaxdraft.context import Context
 from jaxdraft.errors import ConfigError
 from jaxdraft.models.subclone import SIZES, check_sizes
-from jaxdraft.recipe import FROM_TARGET, DraftVocabulary, Evaluate, Generate, Train, TrainTokenizer
+from jaxdraft.recipe import FROM_TARGET, TARGET, DraftVocabulary, Evaluate, Generate, Train, TrainTokenizer
 
 
 def check_early(context: Context) -> None:
@@ -26,7 +26,7 @@ def check_early(context: Context) -> None:
                 raise ConfigError(f"{stage.name}: init={stage.init!r}: {error}") from None
         if isinstance(stage, DraftVocabulary) and vocabulary is not None:
             stage.check_size(vocabulary)
-        if isinstance(stage, Generate) and stage.max_new_tokens >= target.max_positions:
+        if isinstance(stage, Generate) and TARGET in stage.writers and stage.max_new_tokens >= target.max_positions:
             raise ConfigError(
                 f"{stage.name}: max_new_tokens is {stage.max_new_tokens}: the target has only {target.max_positions} "
                 "positions, for prompt and answer together"

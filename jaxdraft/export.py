@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxdraft import __version__
 from jaxdraft.data.records import MANIFEST
-from jaxdraft.errors import ConfigError
+from jaxdraft.errors import ConfigError, naming
 from jaxdraft.evaluate.collect import of_smallest_batch
 from jaxdraft.evaluate.words import decoding
+from jaxdraft.files import commit
 from jaxdraft.licences import TERMS, source_licences
 from jaxdraft.models import ModelConfig, head_weight, init_params
 from jaxdraft.models.decoder import Params
@@ -175,6 +176,7 @@ def export_model(
     Raises:
       ConfigError: the folder holds a model of another origin, there is no draft vocabulary to be exported with, or a
         weight does not fit into ``dtype``.
+      OSError: a file cannot be written; the message names it, or the folder.
     """
     _check_out(folder, tokenizer_folder)
     if vocabulary == "draft" and config.head_ids is None:
@@ -183,24 +185,27 @@ def export_model(
         limited = f"{len(config.head_ids)} tokens in training and in figures below; all can be proposed here"
         provenance = {**provenance, "draft vocabulary": limited}
         config = dataclasses.replace(config, head_ids=None)
-    folder.mkdir(parents=True, exist_ok=True)
-    # First of all: it marks the folder as one that an export may write to again.
-    (folder / CARD).write_text(_card(config, dtype, block_size, provenance, evaluations))
-    weights = save_model(folder, config, params, dtype=jnp.dtype(dtype), narrow_head=True)
-    for stale in tokenizer_files(folder):
-        stale.unlink()
-    copied = [Path(shutil.copyfile(file, folder / file.name)) for file in tokenizer_files(tokenizer_folder)]
-    # Assisted generation reads the draft's own file; its defaults are 20 tokens and a stop below confidence 0.4.
-    generation = {
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos_json(config),
-        "num_assistant_tokens": block_size,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    _check_readable(folder, config, params, dtype)
-    return [*weights, folder / "generation_config.json", folder / CARD, *copied]
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # First of all, and at once: it marks the folder as one that an export may write to again.
+        card = folder / f"{CARD}.tmp"
+        card.write_text(_card(config, dtype, block_size, provenance, evaluations))
+        commit(card, folder / CARD)
+        weights = save_model(folder, config, params, dtype=jnp.dtype(dtype), narrow_head=True)
+        for stale in tokenizer_files(folder):
+            stale.unlink()
+        copied = [Path(shutil.copyfile(file, folder / file.name)) for file in tokenizer_files(tokenizer_folder)]
+        # Assisted generation reads the draft's own file; its defaults are 20 tokens and a stop below confidence 0.4.
+        generation = {
+            "bos_token_id": config.bos_id,
+            "eos_token_id": eos_json(config),
+            "num_assistant_tokens": block_size,
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": 0.0,
+        }
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        _check_readable(folder, config, params, dtype)
+        return [*weights, folder / "generation_config.json", folder / CARD, *copied]
 
 
 def _check_out(folder: Path, tokenizer_folder: Path) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from jaxdraft.data.records import sha256, write_json
+from jaxdraft.files import sha256, write_json
 
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -34,7 +34,7 @@ def is_complete(record: Path) -> bool:
 def damage(folder: Path, record: Path) -> list[str]:
     """What is wrong with a folder, a sentence for each file that is gone, differs or was not there; empty if nothing.
 
-    A record that is gone or cannot be read is a sentence too.
+    A record that is gone or cannot be read is a sentence too; hidden files that a file system or desktop adds are none.
     """
     if not record.is_file():
         return [f"{record} is gone"]
@@ -44,7 +44,8 @@ def damage(folder: Path, record: Path) -> list[str]:
     wrong = [f"{folder / name} is gone" for name in files if name not in there]
     for name in there:
         if name not in files and name not in _WRITTEN_LAST:
-            wrong.append(f"{folder / name} was not there when it was saved")
+            if not Path(name).name.startswith("."):  # .nfs0123, .DS_Store
+                wrong.append(f"{folder / name} was not there when it was saved")
         elif name in files and sha256(folder / name) != files[name]:
             wrong.append(f"{folder / name} is damaged")
     return wrong

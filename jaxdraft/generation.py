@@ -21,13 +21,14 @@ from jaxdraft.data.conversations import prompt_mask
 from jaxdraft.data.pipeline import pack_whole
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Quarantine
-from jaxdraft.data.records import Format, write_json
+from jaxdraft.data.records import Format
 from jaxdraft.data.token_scores import TokenScores
 from jaxdraft.data_stages import Outputs, write_packed
 from jaxdraft.decode import Request, Usage, stream
 from jaxdraft.distributed import is_lead, on_lead, together
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
+from jaxdraft.files import write_json
 from jaxdraft.models import compute_dtype
 from jaxdraft.questions import Question, ask
 from jaxdraft.recipe import TARGET, Generate
@@ -35,7 +36,7 @@ from jaxdraft.server import Question as Sent
 from jaxdraft.server import Reply
 from jaxdraft.server import ask as ask_server
 from jaxdraft.settings import to_json
-from jaxdraft.stopping import align, poll
+from jaxdraft.stopping import align, poll, poll_apart
 from jaxdraft.stored_targets import check_space, scored, target_logits
 from jaxdraft.tokenizers import Tokenizer
 from jaxdraft.tracking import progress_bar, say
@@ -121,7 +122,12 @@ def _write_missing(writing: _Writing, shards: Sequence[Shard]) -> Usage:
 
     def write() -> None:
         with progress_bar(sum(len(shard.questions) for shard in todo), stage.name, "answer") as bar:
-            for shard, lines, scores in _whole_shards(writing, todo, mesh, usage, bar.update):
+
+            def advance(answers: int) -> None:
+                bar.update(answers)
+                (poll_apart if alone else poll)()
+
+            for shard, lines, scores in _whole_shards(writing, todo, mesh, usage, advance):
                 if alone or is_lead():
                     files = answers.commit(shard, lines, generator, scores, writing.format)
                     context.home.keep_own(*files)
@@ -144,7 +150,6 @@ def _whole_shards(
         for (i, place), line, scores in _lines(writing, writer, asked, mesh, usage):
             found[i][place] = line, scores
             advance(1)
-            poll()
             if len(found[i]) == len(members[i].questions):
                 whole = [answer for _, answer in sorted(found.pop(i).items(), key=lambda item: item[0])]
                 yield members[i], [line for line, _ in whole], [said for _, said in whole if said is not None]

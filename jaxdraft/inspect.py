@@ -33,7 +33,7 @@ def inspect(folder: Path) -> None:
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Names and values in two columns."""
-    rows = [(printable(name), printable(value)) for name, value in facts]
+    rows = [(printable(name), printable(str(value))) for name, value in facts]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.home import open_home
-from jaxdraft.models.folder import read_json
 from jaxdraft.models.hub import model_card
 from jaxdraft.recipe import HFModel, Recipe
+from jaxdraft.untrusted import check_file, read_json
 
 NOASSERTION = "NOASSERTION"
 _ID = r"[A-Za-z0-9][A-Za-z0-9.-]*\+?"
@@ -186,6 +186,7 @@ def _of_card(card: Path) -> str | None:
     """What the front matter of a model card says; ``None`` where it says nothing."""
     if not card.is_file():
         return None
+    check_file(card)
     with card.open("rb") as file:
         text = file.read(_CARD_BYTES).decode(errors="replace")
     if not (front := re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)):

@@ -27,21 +27,11 @@ from jaxdraft.context import Context
 from jaxdraft.data.chunks import Chunk, Conversations, Documents, Form, Part, chunks, in_order
 from jaxdraft.data.pipeline import sample
 from jaxdraft.data.quarantine import Quarantine, Rejected
-from jaxdraft.data.records import (
-    FORMAT,
-    MANIFEST,
-    Block,
-    Format,
-    sha256,
-    shard_name,
-    write_json,
-    write_manifest,
-    write_rows,
-    write_shard,
-)
+from jaxdraft.data.records import FORMAT, MANIFEST, Block, Format, shard_name, write_manifest, write_rows, write_shard
 from jaxdraft.data_stages import Outputs
 from jaxdraft.distributed import from_all, is_lead, together
 from jaxdraft.errors import ConfigError
+from jaxdraft.files import sha256, write_json
 from jaxdraft.recipe import Prepare, Subset
 from jaxdraft.redaction import redacted
 from jaxdraft.settings import to_json

@@ -27,7 +27,9 @@ _PATTERNS = (
 def redacted(value: Any) -> Any:
     """A text, or every text in a value of JSON, with ``(secret)`` in the place of each secret."""
     if isinstance(value, dict):
-        return {key: _HIDDEN if isinstance(x, str) and names_secret(key) else redacted(x) for key, x in value.items()}
+        return {
+            key: _HIDDEN if isinstance(x, str) and names_secret(str(key)) else redacted(x) for key, x in value.items()
+        }
     if isinstance(value, list | tuple):
         return [redacted(x) for x in value]
     if not isinstance(value, str):

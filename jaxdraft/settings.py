@@ -44,7 +44,11 @@ def _type_name(kind: type) -> str:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """In what two stages' ``settings``, ``shape``, ``seed`` and ``inputs`` differ, a few words for each."""
-    flat = lambda record: {**record.get("settings", {}), "shape": record.get("shape"), "seed": record.get("seed")}
+    flat = lambda record: {
+        **record.get("settings", {}),
+        "shape": record.get("shape"),
+        "recipe's seed": record.get("seed"),
+    }
     before, after = flat(old), flat(new)
     found = [
         f"{key} was {shortened(before.get(key))} and is {shortened(after.get(key))}"

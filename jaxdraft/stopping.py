@@ -5,11 +5,11 @@ file is whole or not there; inside ``deferred()``, where a step is made and save
 leaves by itself what does not come back to Python, a long compilation for one.
 
 Several processes: JAX's own handler passes SIGTERM on to all of them, and all of them learn of it at the same call of
-``asked``. So every process calls it equally often, or calls ``align`` before it matters.
+``asked``. So every process calls it equally often, or calls ``align`` before it matters; where each has work of its
+own, and one may be far ahead, ``poll_apart`` counts by the clock.
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import sys
@@ -26,6 +26,7 @@ from jaxdraft.errors import Interrupted
 RESUME = 75
 MESSAGE = "stopped; the same command goes on from here"
 GRACE = 3.0  # seconds that Python has to come back
+TICK = 0.25  # seconds between calls of processes that work apart
 _SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
 
 
@@ -35,7 +36,8 @@ class _Stop:
     def __init__(self) -> None:
         self.owned = self.asked = False
         self.deferred = 0
-        self.calls = itertools.count(1)
+        self.calls = 0
+        self.aligned = 0, time.monotonic()
 
     def handle(self, number: int, frame: Any) -> None:
         if not is_alone():  # Ctrl-C: SIGTERM is not heard here any more
@@ -70,7 +72,8 @@ def owned(leaves: bool = False) -> Iterator[None]:
             hook(lost)
 
     _stop.owned, _stop.asked = True, False
-    before = {number: signal.signal(number, _stop.handle) for number in _SIGNALS}
+    taken = _SIGNALS if is_alone() else _SIGNALS[1:]  # else SIGTERM is JAX's own, which a handler would put out of use
+    before = {number: signal.signal(number, _stop.handle) for number in taken}
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     with contextlib.ExitStack() as watched:
         if leaves:
@@ -121,7 +124,8 @@ def asked() -> bool:
     """Whether a signal has come; of several processes, whether it is time for all of them to stop."""
     if is_alone():
         return _stop.asked
-    return bool(multihost_utils.reached_preemption_sync_point(next(_stop.calls)))
+    _stop.calls += 1
+    return bool(multihost_utils.reached_preemption_sync_point(_stop.calls))
 
 
 def poll() -> None:
@@ -130,10 +134,25 @@ def poll() -> None:
         raise Interrupted(MESSAGE)
 
 
+def poll_apart() -> None:
+    """The same where each process has work of its own since ``align``: all of them stop at the same time instead.
+
+    That call is the next of the process that is ahead; counted by what they have done, another might never come to it.
+    """
+    if is_alone():
+        poll()
+        return
+    calls, since = _stop.aligned
+    due = calls + int((time.monotonic() - since) / TICK)
+    while _stop.calls < due:
+        poll()
+
+
 def align() -> None:
     """Makes up for ``asked`` having been called more often by one process than by another. All of them call it."""
     if not is_alone():
-        _stop.calls = itertools.count(max(calls for (calls,) in from_all(next(_stop.calls))))
+        _stop.calls = max(calls for (calls,) in from_all(_stop.calls))
+        _stop.aligned = _stop.calls, time.monotonic()
 
 
 @contextlib.contextmanager

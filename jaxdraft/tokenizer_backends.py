@@ -33,23 +33,24 @@ class FastBackend:
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
             self._begin = self._tokenizer.encode("a").ids[:1]
-        highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        highest = max(vocab.values(), default=-1)
         if not 0 <= highest < MAX_TOKENS:
             raise ConfigError(f"{path}: the highest id is {highest}, where a tokenizer has up to {MAX_TOKENS:,} ids")
+        self._pieces = [""] * (highest + 1)
+        for piece, index in vocab.items():
+            self._pieces[index] = piece
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with library_errors(f"{self._path}: a text cannot be encoded"):
             return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        with library_errors(f"{self._path}: ids cannot be decoded"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self) -> list[str]:
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        pieces = [""] * (max(vocab.values()) + 1)
-        for piece, index in vocab.items():
-            pieces[index] = piece
-        return pieces
+        return self._pieces
 
     def adds_bos(self, bos_id: int | None) -> bool:
         return bos_id is not None and self._begin == [bos_id]
@@ -57,11 +58,13 @@ class FastBackend:
 
 @contextlib.contextmanager
 def library_errors(told: str) -> Iterator[None]:
-    """Turns the bare Exceptions of a library, over what somebody else's file asks of it, into a ConfigError."""
+    """Turns what a library raises over what somebody else's file asks of it into a ConfigError."""
     try:
         yield
-    except Exception as error:
-        raise ConfigError(f"{told} ({error})") from error
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # Rust's, which is no Exception
+            raise ConfigError(f"{told} ({error})") from error
+        raise
 
 
 def read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:

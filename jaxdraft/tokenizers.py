@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizer_backends import Backend, FastBackend, SentencePieceBackend, library_errors, read_if_there
-from jaxdraft.untrusted import MAX_TOKENS, TOKENIZER_BYTES, check_file, damaged
+from jaxdraft.untrusted import CONFIG_BYTES, MAX_TOKENS, TOKENIZER_BYTES, check_file, damaged
 
 _FILES = (
     "tokenizer.json",
@@ -98,6 +98,9 @@ class Tokenizer:
                 f"{self.folder}: no chat template (looked for chat_template.jinja and for chat_template in "
                 'tokenizer_config.json); give prompts as "prompt" text instead of "messages"'
             )
+        for file in (*self.folder.glob("*.json"), *self.folder.glob("additional_chat_templates/*")):
+            if file.name not in _FILES:  # which were looked at when the tokenizer was loaded
+                check_file(file, CONFIG_BYTES)
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
         import transformers
 

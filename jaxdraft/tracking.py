@@ -12,6 +12,7 @@ from tqdm import tqdm
 from jaxdraft.distributed import is_lead, on_lead
 from jaxdraft.errors import ConfigError, naming
 from jaxdraft.redaction import redacted
+from jaxdraft.untrusted import damaged
 
 
 class StepLog:
@@ -24,7 +25,7 @@ class StepLog:
       done: the steps whose lines the checkpoint has behind it; lines of others, and a line cut short, are dropped.
 
     Raises:
-      ConfigError: a step of ``done`` has no line.
+      ConfigError: a step of ``done`` has no line, or a line is damaged.
     """
 
     def __init__(self, path: Path, done: Sequence[int] = ()):
@@ -33,15 +34,16 @@ class StepLog:
         on_lead(lambda: self._open(path, done))
 
     def _open(self, path: Path, done: Sequence[int]) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] in done]
-        if {json.loads(line)["step"] for line in kept} != set(done):
-            raise ConfigError(
-                f"{path} lacks steps before {done[-1]}, from where the checkpoint goes on: delete the folder "
-                f"{path.parent} to train it anew"
-            )
+        remedy = f"bring it back from a copy, or delete the folder {path.parent} to train it anew"
+        with damaged(path, f": {remedy}"):
+            kept = [(line, step) for line in _whole_lines(path) if (step := json.loads(line)["step"]) in done]
+        if {step for _, step in kept} != set(done):
+            raise ConfigError(f"{path} lacks steps before {done[-1]}, from where the checkpoint goes on: {remedy}")
         temporary = path.with_name(path.name + ".tmp")
-        with naming(path):
-            temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
+        with naming(path), temporary.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line, _ in kept)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -51,6 +53,12 @@ class StepLog:
             with naming(self.path):
                 self._file.write("".join(json.dumps({"step": step, **values}) + "\n" for values in lines))
                 self._file.flush()
+
+    def sync(self) -> None:
+        """Makes what was written durable: a checkpoint that outlives the machine's end is of no use without it."""
+        if self._file:
+            with naming(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file:
@@ -92,8 +100,13 @@ class _Lines:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every line of a JSONL file; empty where there is no file."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """Every line of a JSONL file; empty where there is no file.
+
+    Raises:
+      ConfigError: a line is damaged.
+    """
+    with damaged(path):
+        return [json.loads(line) for line in _whole_lines(path)]
 
 
 def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -11,22 +11,31 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from array_record.python import array_record_module
-
 from jaxdraft import file_hashes
-from jaxdraft.data.records import MANIFEST, sha256
+from jaxdraft.data.records import MANIFEST, random_access
 from jaxdraft.errors import ConfigError, unknown_name
+from jaxdraft.files import sha256
 from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
-from jaxdraft.inspect import as_bytes, printable
+from jaxdraft.inspect import as_bytes
 from jaxdraft.provenance import output_hash, stage_fingerprint
 from jaxdraft.remote import is_url
 from jaxdraft.settings import changes
 from jaxdraft.tracking import progress_bar
-from jaxdraft.untrusted import read_json
+from jaxdraft.untrusted import check_fields, damaged, is_plain_name, printable, read_json
 
 _ACCOUNT = "answers.json"
 # What a stage keeps for itself, and no later one reads.
 OWN = (RECORD, "timing.jsonl", "profile/*", "measured/*", "rows-*.json", "responses-*.json", f"{CHECKPOINTS}/*")
+_FIELDS = {
+    "name": str,
+    "settings": dict,
+    "shape": object,
+    "inputs": dict,
+    "seed": int,
+    "fingerprint": str,
+    "status": str,
+}
+_DONE = {"outputs": dict, "output": str}
 _AGAIN = "run the same command again"
 
 
@@ -62,10 +71,7 @@ def verify(home: Home, only: str | None = None, superseded: bool = False) -> lis
     Raises:
       ConfigError: no run directory, or no such stage.
     """
-    home.fetch_records()
-    if not (home.folder / "recipe.json").is_file():
-        raise ConfigError(f"{home} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
-    recipe = read_json(home.folder / "recipe.json")
+    recipe = read_recipe(home)
     stages = {stage["name"]: stage for stage in recipe["stages"]}
     if only is not None and only not in stages:
         raise ConfigError(unknown_name("stage", only, list(stages)))
@@ -95,18 +101,37 @@ def verify(home: Home, only: str | None = None, superseded: bool = False) -> lis
     return found
 
 
+def read_recipe(home: Home) -> dict[str, Any]:
+    """``recipe.json`` of a run directory, whose records are brought up to date.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
+    home.fetch_records()
+    path = home.folder / "recipe.json"
+    if not path.is_file():
+        raise ConfigError(f"{home} is not a run directory: it has no recipe.json; `jaxdraft run` makes one")
+    recipe = read_json(path, fields={"stages": list, "seed": int})
+    with damaged(path):
+        for stage in recipe["stages"]:
+            check_fields(stage, {"name": str, "kind": str})
+            if not is_plain_name(stage["name"]):
+                raise ValueError(f"{stage['name']!r} is no stage's name")
+    return recipe
+
+
 def _record(folder: Path) -> dict[str, Any] | str | None:
     """A stage's record, what is wrong with it, or ``None`` where there is none."""
-    if not (folder / RECORD).is_file():
+    path = folder / RECORD
+    if not path.is_file():
         return None
+    remedy = f"delete the folder {folder} to run the stage again"
     try:
-        record = read_json(folder / RECORD)
-        _ = record["name"], record["settings"]["name"], record["fingerprint"], record["seed"]
-        _ = dict(record["inputs"]), record["shape"]
-        if record["status"] == "done":
-            _ = dict(record["outputs"]), record["output"]
-    except (ConfigError, LookupError, TypeError, ValueError) as error:
-        return f"{folder / RECORD} is damaged ({error}): delete the folder {folder} to run the stage again"
+        record = read_json(path, fields=_FIELDS, remedy=remedy)
+        with damaged(path, f": {remedy}"):
+            check_fields(record, _DONE if record["status"] == "done" else {})
+    except ConfigError as error:
+        return str(error)
     return record
 
 
@@ -131,14 +156,16 @@ class _Folder:
             problems = list(self._own(record))
             for part in (self._rows, self._answers, self._parts):
                 try:
-                    problems += part()
-                except (LookupError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
-                    problems.append(f"a record in {self._folder} is damaged ({error}): {_AGAIN}")
+                    with damaged(self._folder, f": {_AGAIN}"):
+                        problems += part()
+                except ConfigError as error:
+                    problems.append(str(error))
             checked.files = len(self._hashes)
             checked.size = sum((self._folder / file).stat().st_size for file in self._hashes)
             self._checkpoints(checked)
             checked.problems = list(dict.fromkeys([*problems, *checked.problems]))
-            self._unknown(checked, record.get("outputs", {}))
+            if checked.status == "done":
+                self._unknown(checked, record["outputs"])
         return checked
 
     def _hash(self, name: str) -> str:
@@ -178,7 +205,7 @@ class _Folder:
         path = self._folder / _plain(shard["file"])
         wrong = list(self._compare(path.name, shard["sha256"]))
         yield from wrong
-        if not wrong and shard["rows"] != (rows := _records(path)):
+        if not wrong and shard["rows"] != (rows := random_access(path).num_records()):
             yield f"{path} has {rows} rows, its record says {shard['rows']}: delete it and {_AGAIN}"
 
     def _answers(self) -> Iterator[str]:
@@ -229,17 +256,9 @@ class _Folder:
 
 
 def _plain(name: str) -> str:
-    if Path(name).name != name:
+    if not is_plain_name(name):
         raise ConfigError(f"{name!r} is not a file of this folder")
     return name
-
-
-def _records(path: Path) -> int:
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-    try:
-        return int(reader.num_records())
-    finally:
-        reader.close()
 
 
 def _out_of_place(
@@ -265,9 +284,9 @@ def _check_run(home: Home, records: Mapping[str, Any]) -> Checked:
         return checked
     checked.status, checked.files, checked.size = "done", 1, path.stat().st_size
     try:
-        outputs = dict(read_json(path).get("outputs", {}))
-    except (ConfigError, TypeError, ValueError) as error:
-        checked.problems.append(f"{path} is damaged ({error}): {_AGAIN}")
+        outputs = read_json(path, remedy=_AGAIN).get("outputs", {})
+    except ConfigError as error:
+        checked.problems.append(str(error))
         return checked
     for name, output in outputs.items():
         record = records.get(name)

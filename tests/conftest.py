@@ -79,7 +79,7 @@ class MadeRun:
         from jaxdraft import answers
         from jaxdraft.data.prompts import Prompt
         from jaxdraft.data.quarantine import Quarantine
-        from jaxdraft.data.records import write_json
+        from jaxdraft.files import write_json
         from jaxdraft.questions import Question
 
         folder, quarantine = self.record(name, "Generate"), Quarantine()

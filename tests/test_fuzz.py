@@ -45,7 +45,7 @@ from tests.data.test_sources import write_array_record
 
 EXAMPLES = int(os.environ.get("JAXDRAFT_FUZZ", "0"))
 FEW = 25
-ROOM = 2 << 30  # bytes of address space that a loader may take besides
+ROOM = 4 << 30  # bytes of address space that a loader may take besides: its threads reserve some
 SECONDS = 60  # that one change may take; a hang ends the process with its stack
 ROWS = [{"id": str(i), "text": f"Text {i}.\n" * 9, "prompt": f"Say {i}."} for i in range(20)]
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -106,6 +106,7 @@ LOADERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "text/manifest.json": ("run", lambda folder: _read_rows(folder / "text")),
     "text/rows-00000.array_record": ("run", lambda folder: _read_rows(folder / "text")),
     "recipe.json": ("run", lambda folder: (inspect(folder), _stage("text")(folder))),
+    "run.json": ("run", inspect),
     "text/stage.json": ("run", lambda folder: (inspect(folder), _stage("text")(folder))),
     "answers/answers.json": ("run", _stage("answers")),
     "answers/quarantine.jsonl": ("run", _stage("answers")),
@@ -127,7 +128,9 @@ def real(tmp_path_factory) -> Path:
     run = MadeRun(root / "run")
     run.rows("text", [_rng(i) for i in range(6)])
     run.answers("answers", ["one", "two", Rejected("x: line 3", "not JSON")], lambda question: "three")
-    (run.folder / "prompts.jsonl").write_text("".join(json.dumps({**row, "messages": None}) + "\n" for row in ROWS))
+    made_with = {"command": ["jaxdraft", "run"], "git": "a1b2c3", "jaxdraft": "0.1", "packages": {"jax": "0.10"}}
+    made_with |= {"python": "3.11", "xla_flags": "--x", "mesh": {"data": 1}, "devices": ["cpu"], "processes": 1}
+    (run.folder / "run.json").write_text(json.dumps({**made_with, "target_licence": "MIT"}))
     prompts = [{"id": 1, "prompt": "a"}, {"tokens": [5, 6], "temperature": 0.5}, {"prompt": "b", "reference": "c"}]
     (run.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     with gzip.open(run.folder / "talk.jsonl.gz", "wt") as file:

@@ -15,12 +15,13 @@ LINES = 400
 HEAVY = {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
 
 # part -> the parts it may import, besides itself and `errors`. A new part has to be given its place here.
-BASE = {"backend", "distributed", "fingerprint", "huggingface", "redaction", "remote", "settings", "sharding"}
+BASE = {"backend", "distributed", "files", "fingerprint", "huggingface", "redaction", "remote", "settings", "sharding"}
 BASE |= {"stopping", "tokenizer_backends", "tokenizers", "tracking", "untrusted"}
 BELOW_STAGES = BASE | {"checkpoint", "data", "decode", "evaluate", "losses", "models", "server", "train"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
+    "files": set(),
     "redaction": set(),
     "untrusted": set(),
     "arguments": set(),
@@ -34,14 +35,14 @@ MAY_IMPORT = {
     "tokenizer_backends": {"untrusted"},
     "tokenizers": {"tokenizer_backends", "untrusted"},
     "tokenizer_training": {"tokenizers"},
-    "tracking": {"distributed", "redaction"},
+    "tracking": {"distributed", "redaction", "untrusted"},
     "stopping": {"distributed"},
-    "file_hashes": {"data"},
+    "file_hashes": {"files"},
     "checkpoint": {"distributed", "file_hashes", "fingerprint", "remote", "settings", "sharding"},
     "remote": {"tracking"},
     "lease": {"remote", "tracking"},
     "home": {"lease", "remote", "untrusted"},
-    "data": {"huggingface", "remote", "tokenizers", "untrusted"},
+    "data": {"files", "huggingface", "remote", "tokenizers", "untrusted"},
     "server": {"data", "redaction", "tokenizers"},
     "losses": {"backend", "user_code"},
     "models": BASE,
@@ -87,7 +88,8 @@ MAY_IMPORT = {
         "settings",
         "stored_targets",
     },
-    "run": BELOW_STAGES | {"context", "early_checks", "home", "licences", "provenance", "recipe", "settings", "stages"},
+    "run": BELOW_STAGES
+    | {"context", "early_checks", "export", "home", "licences", "provenance", "recipe", "settings", "stages"},
     "replay": BELOW_STAGES | {"context", "diff", "home", "provenance", "recipe", "run", "settings", "stages"},
     "plan": BELOW_STAGES | {"context", "home", "licences", "recipe", "recipe_file", "stored_targets"},
     "cli_sample": BELOW_STAGES,

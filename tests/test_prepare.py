@@ -23,6 +23,7 @@ from jaxdraft.data.records import PackedRows, write_rows
 from jaxdraft.data.sources import Text
 from jaxdraft.data.stdlib import PythonLibrary
 from jaxdraft.errors import ConfigError
+from jaxdraft.files import sha256
 from jaxdraft.recipe import HFModel, Prepare, Subset
 from jaxdraft.run import plan_all, run
 from jaxdraft.tokenizers import ChatTemplateError, load_tokenizer
@@ -405,6 +406,9 @@ def test_a_sample_keeps_what_is_stored_of_the_target(folder):
     made = folder / "run" / "corpus"
     settings = {"length": LENGTH, "vocab_size": tokenizer.vocab_size, "source": {"settings": []}}
     write_rows(made, iter(rows), tokenizer_fingerprint=tokenizer.fingerprint(), target_logits=stored, **settings)
+    record = json.loads((made / "stage.json").read_text())
+    record["outputs"] = {name: sha256(made / name) for name in record["outputs"]}
+    (made / "stage.json").write_text(json.dumps(record))
     stage = Subset("part", data="corpus", tokens=7 * LENGTH)
     part = prepared(folder, corpus(folder / "text.jsonl", tokens=20 * LENGTH), stage)
     assert part.manifest["target_logits"] == stored

@@ -20,12 +20,13 @@ from safetensors.numpy import load_file
 from jaxdraft.cli import main
 from jaxdraft.data.pipeline import Batches
 from jaxdraft.data.prompts import PromptFile
-from jaxdraft.data.records import PackedRows, sha256
+from jaxdraft.data.records import PackedRows
 from jaxdraft.decode import acceptance_ratios, expected_blocks, generate
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.measure import Model
 from jaxdraft.evaluate.metrics import offline_metrics
 from jaxdraft.export import export_stage
+from jaxdraft.files import sha256
 from jaxdraft.losses import KL, TVDPlusPlus
 from jaxdraft.models import Decoder, ModelConfig, head_weight, init_params, logits
 from jaxdraft.models.hf import load_config, load_model, save_model

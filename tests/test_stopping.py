@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from jaxdraft import stopping
 from jaxdraft.errors import Interrupted
 from jaxdraft.stopping import asked, at_once, deferred, owned
 
@@ -90,3 +91,26 @@ def test_what_does_not_come_back_to_python_is_left():
     process.terminate()
     assert process.communicate(timeout=60)[1] == "jaxdraft: stopped; the same command goes on from here\n"
     assert process.returncode == 75
+
+
+def test_a_process_that_is_behind_comes_to_the_call_at_which_all_of_them_stop(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(stopping, "is_alone", lambda: False)
+    monkeypatch.setattr(stopping, "_stop", stopping._Stop())
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    monkeypatch.setattr(stopping.multihost_utils, "reached_preemption_sync_point", lambda call: call == 41)
+    stopping._stop.aligned = 0, 0.0
+    stopping.poll_apart()
+    now = 40 * stopping.TICK  # the other is at call 40, and a signal came
+    stopping.poll_apart()
+    now = 60 * stopping.TICK  # one answer took long
+    with pytest.raises(Interrupted):
+        stopping.poll_apart()
+
+
+def test_a_handler_of_jaxs_is_left_alone_where_there_are_several_processes(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stopping, "is_alone", lambda: False)
+    with owned():
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(signal.SIGINT) is not before

@@ -150,7 +150,7 @@ def test_training_refuses_what_was_stored_otherwise(recipe, workdir, tmp_path, c
         manifest["target_logits"] |= change
     path.write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match=message):
-        run(recipe, copy, only=["distill"])
+        stored_targets.check_stored(TRAIN, context, {"scored": context.rows("scored")})
 
 
 def recipe_of(*stages):

@@ -292,6 +292,16 @@ def test_json_that_is_none_is_named(tmp_path, content, told):
         untrusted.read_json(tmp_path / "x.json", fields={"a": int}, remedy="do this")
 
 
+def test_a_panic_of_a_library_is_named(good, tmp_path):
+    folder = Path(shutil.copytree(good, tmp_path / "model"))
+    special = {"id": "<none>", "ids": [1], "tokens": ["<s>"]}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    post = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"<none>": special}}
+    change(folder / "tokenizer.json", post_processor=post)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: not a readable tokenizer\.json \(no entry"):
+        load_tokenizer(folder)
+
+
 def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="no plain file"):
@@ -317,6 +327,7 @@ def test_secrets_reach_no_file_and_no_message(good, tmp_path, monkeypatch, capfd
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "recipe.py").write_text(RECIPE.format(target=str(good), messages=MESSAGES))
+    monkeypatch.setattr(logging.root, "handlers", [])  # as when the command starts
     run = ["run", str(tmp_path / "recipe.py"), "--workdir"]
     url = "http://user:pass-word-1@127.0.0.1:9/v1"
     assert main([*run, str(tmp_path / "a"), "--set", f"title={SECRETS['OPENAI_API_KEY']} token=planted-1"]) == 0
@@ -325,6 +336,7 @@ def test_secrets_reach_no_file_and_no_message(good, tmp_path, monkeypatch, capfd
     assert main(["inspect", f"https://host/x?key=planted-3&sig=planted-4&api_key={SECRETS['WANDB_API_KEY']}"]) == 2
     logging.getLogger("anyone").warning("Authorization: Bearer %s", SECRETS["AWS_SECRET_ACCESS_KEY"])
     said = "".join(capfd.readouterr())
+    assert "WARNING: Authorization: Bearer (secret)" in said
     written = {path: path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()}
     assert "(secret)" in written[tmp_path / "a" / "run.json"]
     assert "(secret)" in written[tmp_path / "a" / "recipe.json"]

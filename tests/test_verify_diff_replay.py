@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdraft.cli import main
 from jaxdraft.data.records import PackedRows, write_rows
+from jaxdraft.diff import fields
 from jaxdraft.provenance import output_hash, stage_fingerprint
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
@@ -215,6 +216,13 @@ def test_a_run_is_identical_to_itself_whatever_the_time(trained, copy, capsys):
     assert main(["diff", str(trained), str(copy.parent)]) == 2
 
 
+def test_of_results_all_but_times_is_compared():
+    times = ("tokens_per_second", "token_rate_ratio_ci95", "draft_latency", "target_latency_1", "predicted_speedup")
+    times += ("tpot", "measured_speedup", "mbsu_by_time", "compile_seconds", "best_block_size")
+    one, other = ({"runs": [{"task": "a", **dict.fromkeys(times, i), "mbsu": i}]} for i in (1.0, 2.0))
+    assert [found.split(":")[0] for found in fields(one, other)] == ["runs[0].mbsu"]
+
+
 def _step(run):
     path = run / "distill" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -269,6 +277,14 @@ def test_where_two_runs_part_is_told(trained, copy, capsys, change, told):
     assert out[-1].startswith("first difference: ")
     if change is _step:
         assert out[-1].endswith("(1 ulp)")
+
+
+def test_runs_with_damaged_rows_cannot_be_compared(trained, copy, capsys):
+    path = copy / "responses" / "rows-00000.array_record"
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes(64) + content[264:])
+    assert main(["diff", str(trained), str(copy)]) == 2
+    assert "`jaxdraft verify` says which" in capsys.readouterr().err
 
 
 def test_another_setting_shows_from_its_first_step_on(trained, copy, capsys):
@@ -341,3 +357,12 @@ def test_what_cannot_be_repeated_is_refused(trained, capsys, arguments, told):
     code, said = replay(capsys, trained, *arguments)
     assert code == 2
     assert told in said.err
+
+
+def test_a_model_card_states_the_licences_of_target_and_data(copy, tmp_path):
+    edit(copy / "run.json", target_licence="LicenseRef-llama3.1")
+    assert main(["export", "--run", str(copy), "--stage", "pretrain", "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| licence of the target | LicenseRef-llama3.1 |" in card
+    assert "display “Built with Llama”" in card
+    assert "| licences of the data | PSF-2.0 |" in card

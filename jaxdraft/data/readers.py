@@ -249,9 +249,11 @@ def _read_json(file: Path) -> Iterator[Row | Rejected]:
             yield from _read_jsonl(file)
             return
     with _open(file) as stream:
-        content = stream.read(DOCUMENT_BYTES + 1)
-        if len(content) > DOCUMENT_BYTES:
-            raise ConfigError(f"{file}: has more than {DOCUMENT_BYTES:,} bytes: make it JSONL, an object on each line")
+        content = bytearray()
+        while chunk := stream.read(_CHUNK):
+            content += chunk
+            if len(content) > DOCUMENT_BYTES:
+                raise ConfigError(f"{file}: has more than {DOCUMENT_BYTES:,} bytes: make it JSONL, a row on each line")
         for number, value in enumerate(json.loads(content)):
             yield Row(f"{file}: row {number}", number, value)
 

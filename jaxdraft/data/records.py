@@ -18,21 +18,20 @@ the source's rows that were rejected by reason, what is stored of which target, 
 and sha256.
 """
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
 
-from jaxdraft.errors import ConfigError, naming
+from jaxdraft.errors import ConfigError
+from jaxdraft.files import commit, sha256, write_json
 from jaxdraft.untrusted import check_fields, check_file, damaged, is_plain_name, read_json
 
 MANIFEST = "manifest.json"
@@ -189,21 +188,41 @@ def write_shard(path: Path, blocks: Iterable[Block], format: Format) -> dict[str
     Raises:
       ConfigError: a row that does not fit `format`.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     totals = {"rows": 0, "tokens": 0, "labels": 0}
-    try:
+    with new_records(path) as write:
         for rows in blocks:
             for record in format.records(rows, f"row {totals['rows']} of {path.name}"):
-                writer.write(record.tobytes())
+                write(record.tobytes())
             totals["rows"] += len(rows["tokens"])
             totals["tokens"] += int(np.count_nonzero(rows["segment_ids"]))
             totals["labels"] += int(np.count_nonzero(rows["loss_mask"]))
-    finally:
-        writer.close()
-    entry = {"file": path.name, **totals, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+    return {"file": path.name, **totals, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+@contextlib.contextmanager
+def new_records(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Gives what appends a record to a new file, which has its name when all of it is complete and durable.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+
+    def told(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except RuntimeError as error:  # array_record's, of a full disk for one
+            raise OSError(f"{path}: {error}") from error
+
+    temporary = path.with_name(path.name + ".tmp")
+    writer = told(lambda: array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS))
+    try:
+        yield lambda record: told(lambda: writer.write(record))
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    told(writer.close)
     commit(temporary, path)
-    return entry
 
 
 def write_manifest(
@@ -246,30 +265,9 @@ def write_manifest(
     return manifest
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that appears under its name only when it is complete and durable."""
-    temporary = path.with_name(path.name + ".tmp")
-    with naming(path):
-        temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    commit(temporary, path)
-
-
-def commit(temporary: Path, path: Path) -> None:
-    """Makes `temporary` durable, then visible under its name."""
-    with naming(path), temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def random_access(path: Path) -> Any:
+    """A reader of an ArrayRecord file's records, in any order: it reads nothing ahead, and starts no threads."""
+    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
 
 
 class PackedRows:
@@ -319,9 +317,7 @@ class PackedRows:
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
-            self._readers[shard] = array_record_module.ArrayRecordReader(
-                str(self._path(shard)), "readahead_buffer_size:0,max_parallelism:0"
-            )
+            self._readers[shard] = random_access(self._path(shard))
         return self._readers[shard]
 
     def _path(self, shard: int) -> Path:

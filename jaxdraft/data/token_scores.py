@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 
-from jaxdraft.data.records import Format, commit
+from jaxdraft.data.records import Format, new_records, random_access
 
 _NAMES = ("target_ids", "target_log_probs")
 
@@ -32,20 +31,15 @@ class TokenScores(NamedTuple):
 
 def write_scores(path: Path, scores: Iterable[TokenScores], format: Format) -> None:
     """Writes the file, which appears under its name only when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-    try:
+    with new_records(path) as write:
         for answer in scores:
-            writer.write(b"".join(x.astype(format.columns[name].dtype).tobytes() for name, x in _named(answer)))
-    finally:
-        writer.close()
-    commit(temporary, path)
+            write(b"".join(x.astype(format.columns[name].dtype).tobytes() for name, x in _named(answer)))
 
 
 def read_scores(path: Path, format: Format) -> Iterator[TokenScores]:
     """Each answer's, in the order in which they were written."""
     ids, log_probs = (format.columns[name] for name in _NAMES)
-    reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    reader = random_access(path)
     for i in range(reader.num_records()):
         record = reader.read([i])[0]
         count = len(record) // (ids.bytes + log_probs.bytes)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdraft.data.records import commit
 from jaxdraft.distributed import is_lead, on_lead
+from jaxdraft.files import commit
 from jaxdraft.untrusted import read_json
 
 

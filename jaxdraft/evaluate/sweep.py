@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from jaxdraft import __version__
 from jaxdraft.data.prompts import Prompt
-from jaxdraft.data.records import write_json
 from jaxdraft.decode import Acceptance, Speculation
 from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.cell import Cell, options_of, run_line, sample_lines
@@ -28,6 +27,7 @@ from jaxdraft.evaluate.perplexity import LONGEST, Documents, measure_perplexity
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.evaluate.token_classes import TokenClasses
 from jaxdraft.evaluate.tpot import Latencies, curve
+from jaxdraft.files import write_json
 from jaxdraft.sharding import mesh_of
 from jaxdraft.stopping import poll
 from jaxdraft.tokenizers import Tokenizer

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdraft.errors import ConfigError
@@ -183,6 +183,7 @@ def save_model(
     Raises:
       ConfigError: a weight is too large for ``dtype`` (float16 ends at 65504), or no ``config.json`` tells the shape
         to transformers 4 and 5 alike.
+      OSError: a file cannot be written.
     """
     folder, described = Path(folder), config_json(config, np.dtype(dtype).name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +216,10 @@ def save_model(
         maps = {}
         names |= dict.fromkeys(tensors, path.name)
         # transformers 4.44 crashes on a file without this entry.
-        save_file(tensors, path, metadata={"format": "pt"})
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path}: {error}") from error
         written.append(path)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}

@@ -105,7 +105,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     rotaries = [place.get("partial_rotary_factor", 1.0) for place in (raw, *ropes.values())]
     rotary = next((share for share in rotaries if share != 1.0), 1.0)
     unsupported = {
-        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+        f"hidden_act {raw.get('hidden_act')!r:.80}": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": raw.get("attention_bias", False),
         "mlp_bias": raw.get("mlp_bias", False),
         f"partial_rotary_factor {rotary}": rotary != 1.0,

@@ -112,6 +112,7 @@ def train(
         def save(step: int) -> None:
             nonlocal saved
             log.flush()
+            log.sync()
             if before_save is not None:
                 before_save(*log.files)
             checkpoints.save(step, state)
@@ -121,14 +122,11 @@ def train(
             for step in range(start, end + 1):
                 if measure is not None and step in measured:
                     log.flush()
-                    try:
-                        with at_once():
-                            lines = measure(state.params)
-                    except Interrupted:
-                        if saved < step:
-                            save(step)
+                    if saved < step:  # a measurement that does not come back to Python, as it is compiled, ends all
+                        save(step)
                         checkpoints.wait()
-                        raise
+                    with at_once():
+                        lines = measure(state.params)
                     log.measured(step, lines)
                 if step == end:
                     break
@@ -143,8 +141,8 @@ def train(
                     checkpoints.wait()
                     raise Interrupted(MESSAGE)
             log.flush()
+            checkpoints.wait()
         tracer.finish(start, state)
-        checkpoints.wait()
     return state.params
 
 
@@ -254,6 +252,11 @@ class _Log:
                 f"{'; '.join(f'step {step}, rows {_named(self._rows(step - 1))}' for step in self._skipped)}. Look at "
                 "those rows, or train anew with a lower learning_rate"
             )
+
+    def sync(self) -> None:
+        for log in (self._metrics, self._timing, self._efficiency):
+            if log is not None:
+                log.sync()
 
     def measured(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
         assert self._efficiency is not None

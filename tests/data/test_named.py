@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxdraft import untrusted
 from jaxdraft.data.catalogue import CORPORA, PROMPTS
 from jaxdraft.data.named import Corpus, Instructions
 from jaxdraft.data.prompts import Prompt
@@ -342,6 +343,23 @@ def test_stack_contents(tmp_path):
     assert items[0].where.endswith("train-00000-of-00064.parquet: row 0: 0.py")
     inline = put(tmp_path / "inline", "data/train-0.parquet", [{"files": [{"path": "a.py", "content": "pass\n"}]}])
     assert list(Corpus("stack-v2-smol", inline).documents()) == ["pass\n"]
+
+
+def test_stack_contents_made_to_harm(tmp_path):
+    (tmp_path / "contents").mkdir()
+    for name, size in {"bomb": untrusted.LINE_BYTES + 1, "fits": 9}.items():
+        (tmp_path / "contents" / name).write_bytes(gzip.compress(b" " * size + b"x"))
+    files = [{"blob_id": name, "src_encoding": "UTF-8"} for name in ("bomb", "../../private")]
+    files += [
+        {"blob_id": "fits", "src_encoding": encoding} for encoding in ("a\0b", "idna\0", "zlib", "../os", "x" * 999)
+    ]
+    folder = put(tmp_path, "data/train-0.parquet", [{"files": files}])
+    items = list(Corpus("stack-v2-smol", folder, contents=str(tmp_path / "contents")).documents())
+    assert [item.reason for item in items] == [
+        "content has more than 67,108,864 bytes",
+        "field 'blob_id' is no id",
+        *["content is not in its encoding"] * 5,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdraft.cli import main
+from jaxdraft.diff import TIMES
 
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 # Their bytes depend on recipe and seed alone.
@@ -30,8 +31,6 @@ REPEATABLE = (
     "*/*/samples.jsonl",
 )
 REPEATABLE += ("*/*.array_record", "*/manifest.json", "*/*.safetensors", "*/*/*.safetensors", "*/tokenizer*")
-# Of results, what is no time and follows from none.
-TIMES = ("second", "latency", "token_rate", "predicted", "best_block", "tpot", "measured", "by_time")
 
 
 class Outcome(NamedTuple):

@@ -193,6 +193,11 @@ def mistakes(bench: Bench) -> list[tuple[list[str], str]]:
         ([*inspect, "--stage", "corpsu"], "did you mean 'corpus'"),
         ([*inspect, "--rows", "3"], "name the stage with --stage"),
         (["inspect", str(folder)], "neither config.json"),
+        (["verify", str(folder)], "is not a run directory"),
+        (["verify", str(run), "--stage", "corpsu"], "did you mean 'corpus'"),
+        (["diff", str(run), str(folder)], "is not a run directory"),
+        (["replay", str(run), "--stage", "distil"], "did you mean 'distill'"),
+        (["replay", str(run), "--stage", "corpus"], "corpus"),
     ]
 
 
@@ -302,21 +307,77 @@ def second_writer(bench: Bench) -> Outcome:
     """It is told whose the directory is, again and again; the first one ends as if nothing had been."""
     expected = bench.expected
     workdir = Path(shutil.copytree(bench.undisturbed, bench.new("f14")))
-    for stage in ("distill", "evaluate", "export"):
+    for stage in ("distill", "export"):
         shutil.rmtree(workdir / stage)
     first = start(workdir)
     while not (workdir / "distill" / "stage.json").exists():
         assert first.poll() is None
         time.sleep(0.05)
-    bad = []
-    for _ in range(bench.effort):
-        began = time.process_time()
+    bad, count = [], 0
+    while count < bench.effort and first.poll() is None:
+        count, began = count + 1, time.process_time()
         code, said = called("run", str(RECIPE), "--workdir", str(workdir))
         seconds = time.process_time() - began
-        if code != 75 or f"process {first.pid}" not in said or str(workdir) not in said or seconds > SECONDS:
+        if code != 75 or f"process {first.pid} " not in said or str(workdir) not in said or seconds > SECONDS:
             bad.append(f"exit {code} after {seconds:.1f} s, {said!r}")
-    assert first.poll() is None
     _, said = first.communicate()
     if first.returncode or hashes(workdir) != expected:
-        return Outcome(bench.effort, 0, f"the first run: exit {first.returncode}, {said[-500:]!r}")
-    return Outcome(bench.effort, bench.effort - len(bad), "; ".join(bad))
+        return Outcome(count, 0, f"the first run: exit {first.returncode}, {said[-500:]!r}")
+    return Outcome(count, count - len(bad), "; ".join(bad))
+
+
+def _stopped(workdir: Path, stage: str) -> None:
+    """Makes a finished stage one that was killed after its last save but one, or with one shard still to be written."""
+    folder = workdir / stage
+    record = json.loads((folder / "stage.json").read_text())
+    begun = {key: value for key, value in record.items() if key not in ("outputs", "output", "summary")}
+    (folder / "stage.json").write_text(json.dumps({**begun, "status": "running"}))
+    if stage == "responses":
+        for path in [folder / "manifest.json", *folder.glob("rows-*"), *folder.glob("responses-00002-*")]:
+            path.unlink()
+        return
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / "6")
+    (folder / "checkpoints" / "6.json").unlink()
+
+
+OTHERWISE = {
+    "pretrain.seed=3": "seed was null and is 3",
+    "pretrain.batch_size=8": "batch_size was 10 and is 8",
+    "pretrain.learning_rate=2e-3": "learning_rate was 0.001 and is 0.002",
+    "pretrain.steps=7": "steps was 6 and is 7",
+    "pretrain.loss=KL": "loss was",
+    "draft.hidden_size=32": "shape was",
+    "corpus.sources.0.limit=59": "input corpus has changed",
+    "tokenizer.vocab_size=390": "input tokenizer has changed",
+    "responses.max_new_tokens=8": "max_new_tokens was 16 and is 8",
+    "responses.temperatures=0": "temperatures was [0.0, 1.0] and is [0.0]",
+    "distill.data=corpus": 'data was {"responses": 0.2, "corpus": 0.8} and is "corpus"',
+    "distill.draft_vocabulary=none": 'draft_vocabulary was "vocabulary" and is null',
+    "distill.init=target-embedding": 'init was "pretrain" and is "target-embedding"',
+}
+
+
+@fault("F13", "an unfinished stage is to go on with another setting, shape, seed, tokenizer or data")
+def otherwise(bench: Bench) -> Outcome:
+    """Refused with what differs, its folder untouched; with the old ones it goes on to the same bytes."""
+    expected, bad = bench.expected, []
+    workdir = Path(shutil.copytree(bench.undisturbed, bench.new("f13")))
+    drawn = bench.random.sample(list(OTHERWISE), min(4 * bench.effort, len(OTHERWISE)))
+    for setting in drawn:
+        words, before = OTHERWISE[setting], setting.partition(".")[0]
+        stage = before if before in ("pretrain", "responses", "distill") else "pretrain"
+        only = [stage] if before not in ("corpus", "tokenizer") else ["tokenizer", "corpus", stage]
+        command = ["run", str(RECIPE), "--workdir", str(workdir), "--only", *only]
+        _stopped(workdir, stage)
+        there = {path: path.read_bytes() for path in (workdir / stage).rglob("*") if path.is_file()}
+        code, said = called(*command, "--set", setting)
+        same = there == {path: path.read_bytes() for path in (workdir / stage).rglob("*") if path.is_file()}
+        if code != 2 or words not in said or f"delete {workdir}/{stage} to begin anew" not in said or not same:
+            bad.append(f"{setting}: exit {code}, {said[-300:]!r}, the folder the same: {same}")
+        code, said = called(*command)
+        if code or hashes(workdir) != expected:
+            bad.append(f"set back from {setting}: exit {code}, {said[-300:]!r}")
+            shutil.rmtree(workdir)
+            shutil.copytree(bench.undisturbed, workdir)
+    return Outcome(len(drawn), len(drawn) - len(bad), "; ".join(bad))

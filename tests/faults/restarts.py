@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxdraft.data.records import sha256
+from jaxdraft.files import sha256
 from jaxdraft.tracking import read_jsonl
 from tests.distributed import layouts
 from tests.faults.bench import RECIPE, Bench, Outcome, called, fault

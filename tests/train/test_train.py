@@ -164,7 +164,7 @@ def test_norms_do_not_decay(mesh, models):
     assert jnp.any(updates["layers"]["wq"] != 0)
 
 
-def run(folder, mesh, models, batches=None):
+def run(folder, mesh, models, batches=None, **settings):
     folder.mkdir(exist_ok=True)
     return train(
         folder,
@@ -175,14 +175,15 @@ def run(folder, mesh, models, batches=None):
         optimizer=OPTIMIZER,
         mesh=mesh,
         frozen={"target": (Decoder(TARGET), models[1])},
-        save_every=2,
-        keep_every=3,
-        measure=lambda params: [
-            {"block_size": block_size, "block_efficiency_offline": float(params["embed"][block_size].sum())}
-            for block_size in (3, 5)
-        ],
-        measure_every=4,
+        **{"save_every": 2, "keep_every": 3, "measure": measured, "measure_every": 4, **settings},
     )
+
+
+def measured(params):
+    return [
+        {"block_size": block_size, "block_efficiency_offline": float(params["embed"][block_size].sum())}
+        for block_size in (3, 5)
+    ]
 
 
 class StopsAt(RandomRows):
@@ -213,6 +214,20 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, mesh, models):
     steps_and_sizes = [(line["step"], line["block_size"]) for line in lines]
     assert steps_and_sizes == [(step, block_size) for step in (0, 4, 6) for block_size in (3, 5)]
     assert lines[-1]["block_efficiency_offline"] == float(whole["embed"][5].sum())
+
+
+def test_a_measurement_that_ends_the_process_loses_no_step(tmp_path, mesh, models):
+    seen = []
+
+    def measure(params):
+        if seen:
+            raise SystemExit
+        seen.append(params)
+        return measured(params)
+
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", mesh, models, save_every=100, keep_every=None, measure=measure, measure_every=5)
+    assert (tmp_path / "run" / "checkpoints" / "5" / "meta").is_dir()
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, mesh, models):
