@@ -59,7 +59,10 @@ def rewritten(bench: Bench) -> Outcome:
     before = sorted(bench.random.randrange(1, total) for _ in range(bench.effort))
     processes = [bench.random.choice((1, 2, 3)) for _ in before]
     landed = [_killed(workdir, "responses", at, (n, 1, ()), arguments) for at, n in zip(before, processes, strict=True)]
-    layouts.run(RECIPE, workdir, 2, 1, *arguments)
+    try:
+        layouts.run(RECIPE, workdir, 2, 1, *arguments)
+    except RuntimeError as error:
+        return Outcome(sum(landed), 0, str(error)[-300:])
     lines = [line for path in sorted((workdir / "responses").glob("responses-*.jsonl")) for line in read_jsonl(path)]
     once = sorted(line["number"] for line in lines) == list(range(len(lines)))
     held = sum(landed) if once and _made(workdir) == expected else 0

@@ -71,7 +71,7 @@ class Soak:
     def _event(self, workdir: Path) -> None:
         """A process, or two, from its start to its end."""
         at_hand = next(stage for stage in STAGES if status(workdir / stage) != "done")
-        damage = self._damage(workdir / at_hand) if self._random.random() < 0.3 else []
+        damage = self._damage(workdir / at_hand) if self._random.random() < 0.5 else []
         processes = self._random.choice((1, 2)) if at_hand == "responses" else 1
         fault = self._random.choice((KILLED, KILLED, STOPPED, STOPPED, FULL, LEFT))
         # Training as two is another run to the last bits; answers are the same.
