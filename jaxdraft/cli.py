@@ -261,9 +261,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         for plan in plan_all(recipe, options.workdir):
             if chosen and plan.stage.name not in chosen:
                 continue
-            print(f"{plan.stage.name:<20} {type(plan.stage).__name__:<15} {plan.state:<11} {plan.reason}")
+            print(redacted(f"{plan.stage.name:<20} {type(plan.stage).__name__:<15} {plan.state:<11} {plan.reason}"))
             if options.dry_run and plan.state != "done":
-                print(f"    {plan.stage}")
+                print(redacted(f"    {plan.stage}"))
         return
     with owned(leaves=True):
         check_licence(recipe, options.workdir, options.accept_license)
