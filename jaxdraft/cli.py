@@ -13,7 +13,7 @@ from jaxdraft.cli_runs import add_runs
 from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
 from jaxdraft.errors import ConfigError, Interrupted
 from jaxdraft.redaction import RedactingFormatter, redacted
-from jaxdraft.untrusted import printable
+from jaxdraft.untrusted import damaged, printable, read_json
 
 DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
 _MODEL = "Hugging Face folder, or owner/name[@revision] on the hub,"
@@ -261,9 +261,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         for plan in plan_all(recipe, options.workdir):
             if chosen and plan.stage.name not in chosen:
                 continue
-            print(f"{plan.stage.name:<20} {type(plan.stage).__name__:<15} {plan.state:<11} {plan.reason}")
+            print(redacted(f"{plan.stage.name:<20} {type(plan.stage).__name__:<15} {plan.state:<11} {plan.reason}"))
             if options.dry_run and plan.state != "done":
-                print(f"    {plan.stage}")
+                print(redacted(f"    {plan.stage}"))
         return
     with owned(leaves=True):
         check_licence(recipe, options.workdir, options.accept_license)
@@ -307,6 +307,7 @@ def _evaluate(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, command: list[str]) -> None:
+    from jaxdraft.data.records import MANIFEST
     from jaxdraft.export import export_stage, export_untrained
     from jaxdraft.home import open_home
     from jaxdraft.models.hub import model_folder
@@ -326,6 +327,10 @@ def _export(options: argparse.Namespace, command: list[str]) -> None:
         raise ConfigError("name what to export: --run and --stage, or --untrained and --target")
     home = open_home(options.run, None)
     home.fetch_records()
+    if (recipe := home.folder / "recipe.json").is_file():
+        with damaged(recipe):
+            for made in read_json(recipe)["stages"]:  # the card names the licences of all data
+                home.fetch(made["name"], (MANIFEST,))
     for stage in (options.stage, options.evaluation):
         if stage is not None:
             home.fetch(stage)

@@ -16,12 +16,13 @@ import numpy as np
 
 from jaxdraft.data.records import MANIFEST, PackedRows, random_access
 from jaxdraft.errors import ConfigError
+from jaxdraft.files import sizes
 from jaxdraft.home import RECORD, Home
 from jaxdraft.models.folder import opened
 from jaxdraft.provenance import differences
 from jaxdraft.settings import shortened
 from jaxdraft.tracking import progress_bar
-from jaxdraft.untrusted import printable, read_json
+from jaxdraft.untrusted import damaged, is_below, printable, read_json
 from jaxdraft.verify import OWN, read_recipe
 
 # A field whose name has one of these in it is a time or follows from one.
@@ -93,11 +94,13 @@ class _Made:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        path = folder / RECORD
+        self.record = read_json(path, fields={"status": str}) if path.is_file() else None
         outputs = (self.record or {}).get("outputs")
+        if outputs is not None and not (isinstance(outputs, dict) and all(map(is_below, outputs))):
+            raise ConfigError(f"{path} is damaged (outputs that are no files of this folder)")
         if outputs is None:
-            there = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-            outputs = [name for name in there if not any(fnmatch(name, own) for own in OWN)]
+            outputs = [name for name in sizes(folder) if not any(fnmatch(name, own) for own in OWN)]
         rank = lambda name: next(i for i, pattern in enumerate(_ORDER) if fnmatch(Path(name).name, pattern))
         self.files = sorted(
             (name for name in outputs if (folder / name).is_file()), key=lambda name: (rank(name), name)
@@ -126,8 +129,11 @@ def _of_stage(one: _Made, other: _Made, stages: Sequence[str]) -> Iterator[str]:
     for file in dict.fromkeys([*one.files, *other.files]):
         if file not in one.files or file not in other.files:
             yield f"{file}: only in the {'first' if file in one.files else 'second'}"
-        elif found := _of_file(one.folder / file, other.folder / file):
-            yield f"{file}{found}"
+        else:
+            with damaged(one.folder / file, f", or {other.folder / file}: `jaxdraft verify` says which"):
+                found = _of_file(one.folder / file, other.folder / file)
+            if found:
+                yield f"{file}{found}"
 
 
 def _told(found: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from jaxdraft.models.hf import load_config, load_model, save_model
 from jaxdraft.models.hf_config import eos_json
 from jaxdraft.models.presets import preset
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
-from jaxdraft.untrusted import damaged, read_json
+from jaxdraft.untrusted import damaged, is_plain_name, read_json
 
 CARD = "README.md"
 _MADE = "Made by jaxdraft for speculative decoding"
@@ -83,7 +83,7 @@ def export_stage(
             "seed": made["seed"],
             "settings and data (sha256)": made["fingerprint"],
             "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
-            **_licences(run, recipe),
+            **_licences(run, stage, recipe),
         }
     config, params = load_model(folder)
     return export_model(
@@ -99,16 +99,33 @@ def export_stage(
     )
 
 
-def _licences(run: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
-    """For the model card: of the target, what it asks of models that learn from it, and of the data."""
+def _licences(run: Path, stage: str, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """For the model card: of the target, what it asks of models that learn from it, and of the data.
+
+    What the run holds besides the data that the stage came of is left out: the card would depend on what has run.
+    """
     found = {}
     if (record := run / "run.json").is_file() and (target := read_json(record).get("target_licence")):
         found["licence of the target"] = target
         if terms := TERMS.get(target):
             found["it says"] = f"{terms.clause} ({terms.where})"
-    manifests = [path for stage in recipe["stages"] if (path := run / stage["name"] / MANIFEST).is_file()]
+    read = _came_of(run, stage)
+    # What Score made of rows names their texts no better than their own manifest.
+    names = [made["name"] for made in recipe["stages"] if made["name"] in read and made["kind"] != "Score"]
+    manifests = [path for name in names if (path := run / name / MANIFEST).is_file()]
     data = [licence for path in manifests for licence in source_licences(read_json(path))]
     return found | ({"licences of the data": ", ".join(dict.fromkeys(data))} if data else {})
+
+
+def _came_of(run: Path, stage: str) -> set[str]:
+    """The stages that a stage has read, and those that these have read, by their records."""
+    found, left = set[str](), [stage]
+    while left:
+        record = run / left.pop() / "stage.json"
+        inputs = read_json(record, fields={"inputs": dict})["inputs"] if record.is_file() else {}
+        new = {name for name in inputs if is_plain_name(name)} - found
+        found, left = found | new, [*left, *new]
+    return found
 
 
 def export_untrained(

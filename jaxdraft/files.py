@@ -1,5 +1,6 @@
 """Files that are whole or not there, and what tells one from another."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,17 @@ def commit(temporary: Path, path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path there; without those that a run takes away meanwhile."""
+    found = {}
+    for place, _, names in os.walk(folder):  # which, unlike rglob, goes on where a folder went away
+        for path in (Path(place, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    found[str(path.relative_to(folder))] = path.stat().st_size
+    return found
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdraft.errors import ConfigError
+from jaxdraft.files import sizes
 from jaxdraft.models.folder import opened, weight_files
 from jaxdraft.models.hf import load_config
 from jaxdraft.tokenizers import load_tokenizer, tokenizer_files
@@ -95,7 +96,7 @@ def _run(folder: Path) -> Iterator[tuple[str, str]]:
             yield stage["name"], f"{stage['kind']}, not run"
             continue
         record = read_json(place / "stage.json", fields=_RECORD)
-        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        size = sum(sizes(place).values())
         with damaged(place / "stage.json"):
             summary = record.get("summary", {}).items()
             facts = [f"{name} {value}" for name, value in summary if not isinstance(value, dict)]

@@ -20,6 +20,8 @@ NOASSERTION = "NOASSERTION"
 _ID = r"[A-Za-z0-9][A-Za-z0-9.-]*\+?"
 _TERM = rf"\(*{_ID}(?: WITH {_ID})?\)*"
 _EXPRESSION = re.compile(rf"{_TERM}(?: (?:AND|OR) {_TERM})*")
+# A value beside its key, or a list's only one.
+_FIELD = r"^(license|license_name):(?:[ \t]*\[?[ \t]*|[ \t]*\r?\n[ \t]*-[ \t]+)[\"']?([\w.+-]+)(?!.*,|.*\n[ \t]*-[ \t])"
 _CARD_BYTES = 1 << 16  # a card's front matter comes first
 
 
@@ -191,7 +193,7 @@ def _of_card(card: Path) -> str | None:
         text = file.read(_CARD_BYTES).decode(errors="replace")
     if not (front := re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)):
         return None
-    fields = dict(re.findall(r"^(license|license_name):\s*[\"']?([\w.+-]+)", front[1], re.MULTILINE))
+    fields = dict(re.findall(_FIELD, front[1], re.MULTILINE))
     name = fields.get("license")
     if name == "other":
         name = fields.get("license_name", name)

@@ -8,34 +8,41 @@ and the tokens of services that can be told by their first letters.
 import logging
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
-_HIDDEN = "(secret)"
+HIDDEN = "(secret)"
+"""What stands in the place of a secret."""
 _NAMES = r"(?:api[_-]?key|access[_-]?key|secret|password|passwd|passphrase|authorization|credentials?|signature)"
-_GIVEN = rf"(?<![a-z])(?:{_NAMES}|token)(?:=|['\"]\s*:\s*['\"])"
+_GIVEN = rf"(?<![a-z])(?:{_NAMES}|token)(?:=['\"]?|['\"]\s*:\s*['\"])"
 _FIELD = re.compile(rf"(?i)(?:.*[_-])?{_NAMES}|(?:(?:hf|hub|auth|access|api|bearer)[_-])?token")
 _VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$")
 _SHORTEST = 8  # a shorter value would be found in words that are none
 _PATTERNS = (
-    (re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"), _HIDDEN),
-    (re.compile(rf"(?i)({_GIVEN}|[?&](?:key|sig|auth)=)[^\s&'\",}}]+"), rf"\1{_HIDDEN}"),
-    (re.compile(r"(?i)\bbearer\s+[\w.~+/=-]{8,}"), f"Bearer {_HIDDEN}"),
-    (re.compile(r"\b(?:hf_|sk-|gh[opsur]_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza)[\w-]{16,}"), _HIDDEN),
+    (re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"), HIDDEN),
+    (re.compile(rf"(?i)({_GIVEN}|[?&](?:key|sig|auth)=)[^\s&'\",}}]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)\bbearer\s+[\w.~+/=-]{8,}"), f"Bearer {HIDDEN}"),
+    (re.compile(r"\b(?:hf_|sk-|gh[opsur]_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza)[\w-]{16,}"), HIDDEN),
 )
 
 
 def redacted(value: Any) -> Any:
     """A text, or every text in a value of JSON, with ``(secret)`` in the place of each secret."""
+    return _redacted(value, _of_environment())
+
+
+def _redacted(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, dict):
         return {
-            key: _HIDDEN if isinstance(x, str) and names_secret(str(key)) else redacted(x) for key, x in value.items()
+            key: HIDDEN if isinstance(x, str) and names_secret(str(key)) else _redacted(x, secrets)
+            for key, x in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redacted(x) for x in value]
+        return [_redacted(x, secrets) for x in value]
     if not isinstance(value, str):
         return value
-    for secret in _of_environment():
-        value = value.replace(secret, _HIDDEN)
+    for secret in secrets:
+        value = value.replace(secret, HIDDEN)
     for pattern, hidden in _PATTERNS:
         value = pattern.sub(hidden, value)
     return value

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdraft.context import Context
 from jaxdraft.data.pipeline import Batches
-from jaxdraft.data.records import PackedRows
+from jaxdraft.data.records import MANIFEST, PackedRows
 from jaxdraft.data_stages import (
     Outputs,
     run_draft_vocabulary,
@@ -228,6 +228,8 @@ def run_evaluate(stage: Evaluate, context: Context) -> Outputs:
 
 def run_export(stage: Export, context: Context) -> Outputs:
     folder = context.folder(stage.name)
+    for other in context.recipe.stages:  # the card names the licences of all data
+        context.home.fetch(other.name, (MANIFEST,))
     written = export_stage(
         context.workdir,
         stage.draft,

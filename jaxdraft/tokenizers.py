@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxdraft.errors import ConfigError
 from jaxdraft.tokenizer_backends import Backend, FastBackend, SentencePieceBackend, library_errors, read_if_there
-from jaxdraft.untrusted import CONFIG_BYTES, MAX_TOKENS, TOKENIZER_BYTES, check_file, damaged
+from jaxdraft.untrusted import MAX_TOKENS, TOKENIZER_BYTES, check_file, damaged
 
 _FILES = (
     "tokenizer.json",
@@ -100,7 +100,7 @@ class Tokenizer:
             )
         for file in (*self.folder.glob("*.json"), *self.folder.glob("additional_chat_templates/*")):
             if file.name not in _FILES:  # which were looked at when the tokenizer was loaded
-                check_file(file, CONFIG_BYTES)
+                check_file(file, TOKENIZER_BYTES)  # Mistral's tekken.json has 19 MB
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
         import transformers
 

@@ -46,7 +46,8 @@ def check_file(path: Path, limit: int | None = None) -> None:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist, or is no plain file")
     folder, file = path.parent.resolve(), path.resolve()
-    cached = folder.parent.name == "snapshots" and file.parent == folder.parents[1] / "blobs"
+    commits = (place for place in (folder, *folder.parents) if place.parent.name == "snapshots")
+    cached = any(file.parent == commit.parents[1] / "blobs" for commit in commits)
     if not (file.is_relative_to(folder) or cached):
         raise ConfigError(f"{path} is a link to a file outside of its folder: if you trust it, put a copy in its place")
     if limit is not None and (size := file.stat().st_size) > limit:
@@ -55,12 +56,17 @@ def check_file(path: Path, limit: int | None = None) -> None:
 
 def is_plain_name(name: Any) -> bool:
     """Whether a name that a file gives is one of a file beside it, and no path."""
-    if not isinstance(name, str) or name == ".." or "\0" in name or Path(name).name != name:
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name or Path(name).name != name:
         return False
     try:
         return len(name.encode()) <= _LONGEST_NAME
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
+
+
+def is_below(name: Any) -> bool:
+    """Whether a name that a file gives is that of a file beside it or in a folder beside it."""
+    return isinstance(name, str) and all(map(is_plain_name, name.split("/")))
 
 
 def read_json(

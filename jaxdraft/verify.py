@@ -6,6 +6,7 @@ stage is held against the ones that it read. Nothing is written, no model is loa
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,14 +15,15 @@ from typing import Any
 from jaxdraft import file_hashes
 from jaxdraft.data.records import MANIFEST, random_access
 from jaxdraft.errors import ConfigError, unknown_name
-from jaxdraft.files import sha256
+from jaxdraft.files import sha256, sizes
 from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
 from jaxdraft.inspect import as_bytes
 from jaxdraft.provenance import output_hash, stage_fingerprint
+from jaxdraft.redaction import HIDDEN
 from jaxdraft.remote import is_url
 from jaxdraft.settings import changes
 from jaxdraft.tracking import progress_bar
-from jaxdraft.untrusted import check_fields, damaged, is_plain_name, printable, read_json
+from jaxdraft.untrusted import check_fields, damaged, is_below, is_plain_name, printable, read_json
 
 _ACCOUNT = "answers.json"
 # What a stage keeps for itself, and no later one reads.
@@ -81,14 +83,14 @@ def verify(home: Home, only: str | None = None, superseded: bool = False) -> lis
     for name in chosen:
         try:
             home.fetch(name)
-        except OSError as error:  # what did come from a bucket is looked at all the same
+        except (ConfigError, OSError) as error:  # what did come from a bucket is looked at all the same
             unfetched[name] = str(error)
     places = {name: home.folder / name for name in chosen}
     if superseded:
         aside = sorted((home.folder / SUPERSEDED).glob("*"))
         places |= {f"{SUPERSEDED}/{folder.name}": folder for folder in aside}
         records |= {f"{SUPERSEDED}/{folder.name}": _record(folder) for folder in aside}
-    with progress_bar(sum(map(_size, places.values())), "verify", "B") as bar:
+    with progress_bar(sum(sum(sizes(place).values()) for place in places.values()), "verify", "B") as bar:
         found = [_Folder(place, bar.update).check(name, records[name]) for name, place in places.items()]
         bar.update(bar.total - bar.n)  # files that have no hash
     for checked in found:
@@ -135,16 +137,13 @@ def _record(folder: Path) -> dict[str, Any] | str | None:
     return record
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 class _Folder:
     """The folder of a stage while it is hashed; ``progress`` is told the bytes."""
 
     def __init__(self, folder: Path, progress: Callable[[int], object]):
         self._folder, self._progress = folder, progress
         self._hashes: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
 
     def check(self, name: str, record: dict[str, Any] | str | None) -> Checked:
         """All that the folder's own records tell of it."""
@@ -161,7 +160,7 @@ class _Folder:
                 except ConfigError as error:
                     problems.append(str(error))
             checked.files = len(self._hashes)
-            checked.size = sum((self._folder / file).stat().st_size for file in self._hashes)
+            checked.size = sum(self._sizes.values())
             self._checkpoints(checked)
             checked.problems = list(dict.fromkeys([*problems, *checked.problems]))
             if checked.status == "done":
@@ -171,7 +170,8 @@ class _Folder:
     def _hash(self, name: str) -> str:
         if name not in self._hashes:
             self._hashes[name] = sha256(self._folder / name)
-            self._progress((self._folder / name).stat().st_size)
+            self._sizes[name] = (self._folder / name).stat().st_size
+            self._progress(self._sizes[name])
         return self._hashes[name]
 
     def _compare(self, name: str, expected: str) -> Iterator[str]:
@@ -184,10 +184,14 @@ class _Folder:
     def _own(self, record: Mapping[str, Any]) -> Iterator[str]:
         place, remedy = self._folder / RECORD, f"delete the folder {self._folder} to run the stage again"
         made_of = (record["settings"], record["shape"], record["inputs"], record["seed"])
-        if record["fingerprint"] != stage_fingerprint(*made_of):
+        hidden = HIDDEN in json.dumps(made_of)  # the fingerprint is of what stood there
+        if not hidden and record["fingerprint"] != stage_fingerprint(*made_of):
             yield f"{place}: fingerprint is not that of its settings, shape, inputs and seed: {remedy}"
         for name, expected in record.get("outputs", {}).items():
-            yield from self._compare(name, expected)
+            if is_below(name):
+                yield from self._compare(name, expected)
+            else:
+                yield f"{place}: output {name!r} is not a file of this folder: {remedy}"
         if record["status"] == "done" and record["output"] != output_hash(record["outputs"]):
             yield f"{place}: output is not the hash of outputs: {remedy}"
 
@@ -229,7 +233,7 @@ class _Folder:
 
     def _checkpoints(self, checked: Checked) -> None:
         folder = self._folder / CHECKPOINTS
-        saved = {int(path.name) for path in folder.glob("*") if path.is_dir() and path.name.isdigit()}
+        saved = _saved(folder)
         recorded = {
             int(path.stem)
             for path in folder.glob("[0-9]*.json")
@@ -238,21 +242,31 @@ class _Folder:
         if bare := sorted(saved - recorded):
             checked.remarks.append(f"{folder}: {', '.join(map(str, bare))} without hashes: a restore checks the arrays")
         for step in sorted(recorded):
-            wrong = file_hashes.damage(folder / str(step), folder / f"{step}.json")
+            try:
+                wrong = file_hashes.damage(folder / str(step), folder / f"{step}.json")
+            except FileNotFoundError as error:
+                wrong = [f"{error.filename} is gone"]
+            now = _saved(folder) if wrong and checked.status != "done" else set()
+            if step not in now and step < max(now, default=0):
+                continue  # a newer one took its place; its record goes when the next is saved
             checked.problems += [f"{sentence}: a restore takes an older checkpoint" for sentence in wrong]
         for step in saved:
-            files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
-            size = sum(path.stat().st_size for path in files)
+            files = sizes(folder / str(step))
+            size = sum(files.values())
             checked.files, checked.size = checked.files + len(files), checked.size + size
             self._progress(size)
 
     def _unknown(self, checked: Checked, outputs: Mapping[str, str]) -> None:
         """Files that no record speaks of."""
-        names = [str(path.relative_to(self._folder)) for path in self._folder.rglob("*") if path.is_file()]
         known = lambda name: name in outputs or name in self._hashes or any(fnmatch(name, own) for own in OWN)
-        if others := sorted(name for name in names if not known(name)):
+        if others := sorted(name for name in sizes(self._folder) if not known(name)):
             shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             checked.remarks.append(f"of no record: {shown}")
+
+
+def _saved(folder: Path) -> set[int]:
+    """The steps whose checkpoints are there."""
+    return {int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir()}
 
 
 def _plain(name: str) -> str:

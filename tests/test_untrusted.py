@@ -264,6 +264,9 @@ def test_a_link_is_followed_inside_of_its_folder_and_of_the_hub_cache(tmp_path):
     for name, place in {"a": "real.json", "b": "../../blobs/1", "c": "../../../private.json", "d": "d"}.items():
         (snapshot / name).symlink_to(place)
     assert untrusted.read_json(snapshot / "a") == untrusted.read_json(snapshot / "b") == {}
+    (snapshot / "deeper").mkdir()
+    (snapshot / "deeper" / "b").symlink_to("../../../blobs/1")
+    assert untrusted.read_json(snapshot / "deeper" / "b") == {}
     for name in "cd":
         with pytest.raises(ConfigError, match=rf"{snapshot}/{name} (is a link|does not exist)"):
             untrusted.read_json(snapshot / name)

@@ -15,7 +15,9 @@ from safetensors.numpy import load_file, save_file
 from jaxdraft.cli import main
 from jaxdraft.data.records import PackedRows, write_rows
 from jaxdraft.diff import fields
+from jaxdraft.file_hashes import write_hashes
 from jaxdraft.provenance import output_hash, stage_fingerprint
+from jaxdraft.verify import Checked, _Folder
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
 STAGES = ("tokenizer", "corpus", "target", "pretrain", "responses", "vocabulary", "distill")
@@ -190,6 +192,24 @@ def test_what_is_no_damage_is_mentioned(copy, capsys):
     assert code == 2
     assert "superseded/pretrain.1/metrics.jsonl is damaged" in wrong[0]
     assert "at work" not in "\n".join(out)
+
+
+def test_the_record_of_a_checkpoint_that_a_newer_one_replaced_is_no_damage(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        (folder / str(step)).mkdir(parents=True)
+        (folder / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+        write_hashes(folder / str(step), folder / f"{step}.json", complete=True)
+    shutil.rmtree(folder / "2")  # as a run that is killed before its next save leaves it
+    found = {status: Checked("s", status) for status in ("running", "done")}
+    for checked in found.values():
+        _Folder(tmp_path, lambda size: None)._checkpoints(checked)
+    assert found["running"].problems == []
+    assert "2/_CHECKPOINT_METADATA is gone" in found["done"].problems[0]
+    shutil.rmtree(folder / "6")
+    _Folder(tmp_path, lambda size: None)._checkpoints(found["running"])
+    (problem,) = found["running"].problems
+    assert "/6/" in problem
 
 
 def test_only_runs_and_their_stages_are_verified(trained, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def _size(value: Any) -> bool:
 
 
 def _positive(value: Any) -> bool:
-    return _size(value) or (type(value) is float and 0 < value < math.inf)
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
