@@ -299,6 +299,8 @@ def _check_run(home: Home, records: Mapping[str, Any]) -> Checked:
     checked.status, checked.files, checked.size = "done", 1, path.stat().st_size
     try:
         outputs = read_json(path, remedy=_AGAIN).get("outputs", {})
+        with damaged(path, f": {_AGAIN}"):
+            check_fields({"outputs": outputs}, {"outputs": dict})
     except ConfigError as error:
         checked.problems.append(str(error))
         return checked
@@ -322,7 +324,8 @@ def print_checked(home: Home, found: Sequence[Checked], superseded: bool = False
         notes.append("a run is at work in it now: what it had not written to its end may look wrong")
     if is_url(str(home)):
         notes.append("checkpoints in a bucket are checked when they are restored")
-    if not superseded and (aside := len(list((home.folder / SUPERSEDED).glob("*")))):
+        notes.append(f"{SUPERSEDED}/ in a bucket is not looked at")
+    elif not superseded and (aside := len(list((home.folder / SUPERSEDED).glob("*")))):
         notes.append(f"left out: {SUPERSEDED}/, {aside} stages; --superseded looks at them too")
     for mark, lines in (("wrong", [problem for checked in found for problem in checked.problems]), ("note", notes)):
         for line in lines:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import sys
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def _size(value: Any) -> bool:
 
 
 def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+    return type(value) in (int, float) and 0 < value < (1 << 63 if type(value) is int else math.inf)
 
 
 def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
