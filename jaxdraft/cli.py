@@ -246,7 +246,7 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
     from jaxdraft.distributed import initialize
-    from jaxdraft.licences import check_licence, objection, target_licence
+    from jaxdraft.licences import objection, target_licence
     from jaxdraft.recipe_file import load_recipe
     from jaxdraft.remote import is_url
     from jaxdraft.run import plan_all, run
@@ -266,7 +266,6 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
                 print(redacted(f"    {plan.stage}"))
         return
     with owned(leaves=True):
-        check_licence(recipe, options.workdir, options.accept_license)
         initialize()
         report = run(recipe, options.workdir, options.only, command, options.profile, options.accept_license)
     if report is not None:

@@ -96,7 +96,7 @@ def run(
     """
     for name in only:
         recipe.stage(name)
-    licences = check_licence(recipe, workdir, accept_licence)
+    licences = on_lead(lambda: check_licence(recipe, workdir, accept_licence))
     home = open_home(workdir, 0 if is_alone() else jax.process_index())
     context = Context(recipe, home, profile)
     with contextlib.ExitStack() as held, owned():
