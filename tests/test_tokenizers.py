@@ -182,21 +182,28 @@ def no_add_bos(folder: Path) -> None:
     edit(folder / "tokenizer.json", lambda data: data.update(post_processor=None))
 
 
-NOT_PIECES = [
-    (other_bos, "BOS is 1 in the target and 0 in the draft ('<s>' and '<unk>')"),
-    (other_eos, "EOS is 2 in the target and 0 in the draft ('</s>' and '<unk>')"),
-    (no_add_bos, "add_bos is True in the target and False in the draft"),
-]
-
-
-@pytest.mark.parametrize("change, sentence", NOT_PIECES)
-def test_evaluation_warns_of_all_but_pieces(trained, tmp_path, monkeypatch, caplog, change, sentence):
+def test_evaluation_warns_of_another_add_bos(trained, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(command, "load_config", lambda folder: SimpleNamespace(vocabulary=1024))
-    change(copy_of(trained, tmp_path))
+    no_add_bos(copy_of(trained, tmp_path))
+    sentence = "add_bos is True in the target and False in the draft"
     assert sentence in differences(load_tokenizer(trained), load_tokenizer(tmp_path))
     tokenizer = command.shared_tokenizer(trained, tmp_path)
     assert (tokenizer.folder, tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (trained, 1, 2, True)
     assert f"{sentence}; the target's tokenizer is used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (other_bos, "BOS is 1 in the target and 0 in the draft ('<s>' and '<unk>')"),
+        (other_eos, "EOS is 2 in the target and 0 in the draft ('</s>' and '<unk>')"),
+    ],
+)
+def test_evaluation_refuses_another_bos_or_eos(trained, tmp_path, monkeypatch, change, sentence):
+    monkeypatch.setattr(command, "load_config", lambda folder: SimpleNamespace(vocabulary=1024))
+    change(copy_of(trained, tmp_path))
+    with pytest.raises(ConfigError, match=f"{re.escape(sentence)}: .* put the target's tokenizer files into"):
+        command.shared_tokenizer(trained, tmp_path)
 
 
 def test_evaluation_refuses_two_swapped_pieces(trained, tmp_path, monkeypatch):

@@ -93,10 +93,10 @@ def _folder_of(draft: Draft, drafts: Sequence[Draft], out: Path) -> Path:
 def shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
     """The target's tokenizer, once it is known that both are models of one vocabulary.
 
-    Another BOS, EOS or add_bos in the draft's folder is only warned of: the target's are used.
+    Another add_bos in the draft's folder is only warned of: the target's is used.
 
     Raises:
-      ConfigError: the vocabularies differ in size, or the pieces do in anything.
+      ConfigError: the vocabularies differ in size, or the pieces, BOS or EOS in anything.
     """
     tokenizer = load_tokenizer(target)
     sizes = [load_config(folder).vocabulary for folder in (target, draft)]
@@ -109,6 +109,11 @@ def shared_tokenizer(target: Path, draft: Path) -> Tokenizer:
             raise ConfigError(
                 f"target and draft have different tokenizers: {found[0]}. A draft works only for a target with its own "
                 "vocabulary"
+            )
+        if (theirs.bos_id, theirs.eos_id) != (tokenizer.bos_id, tokenizer.eos_id):
+            raise ConfigError(
+                f"{found[0]}: the draft begins or ends otherwise. If it was trained on the target's tokens, put "
+                f"the target's tokenizer files into {draft}"
             )
         for difference in found:
             logger.warning("%s; the target's tokenizer is used", difference)
