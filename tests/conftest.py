@@ -3,13 +3,16 @@
 import json
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
+import jax
 import numpy as np
 import pytest
 
+from jaxdraft.cli import main
 from jaxdraft.data.pipeline import pack_whole
 from jaxdraft.data.records import write_rows
 from jaxdraft.tokenizer_training import train_sentencepiece
@@ -25,6 +28,26 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real test material is not here ({folder}); set JAXDRAFT_SHARED_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """XLA compiles twice as fast and optimises little, for modules that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe as the command line runs it, once for all test processes. Nobody changes it: copy it first."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    workdir = folder / "tiny" / "run"
+    with filelock.FileLock(folder / "tiny.lock"):
+        if not (workdir / "report" / "index.html").exists():
+            assert main(["run", str(ROOT / "tests" / "tiny_recipe.py"), "--workdir", str(workdir)]) == 0
+    return workdir
 
 
 class MadeRun:

@@ -86,15 +86,13 @@ def url(server, request, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def kept(server, tmp_path_factory):
+def kept(server, tiny_run, tmp_path_factory):
     """A whole run in the bucket, and the same on disk."""
-    local = tmp_path_factory.mktemp("local") / "run"
-    run(load_recipe(TINY), local)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXDRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
         code, said = finish(start("gs://bucket/kept"))
         assert code == 0, said
-    return "gs://bucket/kept", local
+    return "gs://bucket/kept", tiny_run
 
 
 @pytest.fixture

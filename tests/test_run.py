@@ -48,14 +48,6 @@ REPEATABLE = ("*/metrics.jsonl", "*/block_efficiency.jsonl", "responses/*.jsonl"
 REPEATABLE += ("export/*.safetensors", "export/*.json")
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    report = run(load_recipe(TINY), workdir)
-    assert report == workdir / "report" / "index.html"
-    return workdir
-
-
 @pytest.fixture
 def copy(tiny_run, tmp_path):
     return Path(shutil.copytree(tiny_run, tmp_path / "copy"))

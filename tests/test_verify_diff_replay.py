@@ -24,11 +24,10 @@ STAGES = ("tokenizer", "corpus", "target", "pretrain", "responses", "vocabulary"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The tiny recipe as the command line runs it, but for the evaluation."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["run", TINY, "--workdir", str(workdir), "--only", *STAGES]) == 0
-    return workdir
+def trained(tiny_run, tmp_path_factory):
+    """The tiny recipe's run, but for the evaluation."""
+    others = shutil.ignore_patterns("evaluate", "export", "report")
+    return Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("trained") / "run", ignore=others))
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def _other_settings(run):
         (lambda run: (run / "pretrain" / "stage.json").write_text("{"), "stage.json is damaged"),
         (lambda run: edit(run / "pretrain" / "stage.json", inputs=None), "stage.json is damaged"),
         (_other_settings, "pretrain is not the stage of recipe.json, steps was 7 and is 6"),
-        (lambda run: edit(run / "recipe.json", seed=1), "not the stage of recipe.json, seed was 0 and is 1"),
+        (lambda run: edit(run / "recipe.json", seed=1), "not the stage of recipe.json, recipe's seed was 0 and is 1"),
         (lambda run: edit(run / "run.json", outputs__pretrain="0" * 64), "run.json has another output of pretrain"),
         (lambda run: edit(run / "pretrain" / "stage.json", status="running"), "has read pretrain, which is being made"),
         (_other_rows, "manifest.json: rows is 3022, its shards have 3021"),

@@ -128,7 +128,7 @@ def load_config(folder: str | Path) -> ModelConfig:
         rope_scaling=_agreed_scaling(path, raw, ropes),
         sliding_window=raw.get("sliding_window", _WINDOW.get(family)) if family in ("mistral", "phi3") else None,
         qkv_bias=family == "qwen2",
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6)),
         tie_embeddings=raw.get("tie_word_embeddings", False),
         max_positions=raw.get("max_position_embeddings", _POSITIONS[family]),
         bos_id=raw.get("bos_token_id"),

@@ -19,6 +19,8 @@ TINY = ModelConfig(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, rope_theta=500.0
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tiny_params():

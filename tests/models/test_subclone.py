@@ -17,6 +17,8 @@ from jaxdraft.tokenizers import load_tokenizer
 SMALL = ModelConfig(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BIASED = dataclasses.replace(SMALL, family="qwen2", qkv_bias=True, tie_embeddings=False)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 16), 0, 61)
 

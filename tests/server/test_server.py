@@ -71,7 +71,7 @@ def answers(server: Server, questions, tokenizer) -> dict:
         ({"url": "localhost:8000/v1"}, "give it as http://localhost:8000/v1"),
         ({"url": "file:///v1"}, "give it as"),
         ({"url": "http://localhost/v1?key=x"}, "give it as"),
-        ({"url": "https://me:secret@host/v1"}, "user name or password.*environment variable"),
+        ({"url": "https://me:hunter2@host/v1"}, "user name or password.*environment variable"),
         ({"concurrency": 0}, "must be positive"),
         ({"retries": -1}, "at least 0"),
         ({"timeout": 0}, "must be positive"),
@@ -81,7 +81,7 @@ def answers(server: Server, questions, tokenizer) -> dict:
 def test_a_server_is_checked_when_it_is_named(settings, words):
     with pytest.raises(ConfigError, match=words) as error:
         Server(**{"url": "http://localhost:8000/v1"} | settings)
-    assert "secret" not in str(error.value)
+    assert "hunter2" not in str(error.value)
 
 
 def test_no_questions_need_no_server(tokenizer):

@@ -18,6 +18,8 @@ from jaxdraft.train import OptimizerSettings, train
 from jaxdraft.train.state import create_state, state_shardings
 from jaxdraft.train.step import build_step, next_tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DRAFT = ModelConfig(vocab_size=48, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1)
 TARGET = dataclasses.replace(DRAFT, hidden_size=32, tie_embeddings=False)
 OPTIMIZER = OptimizerSettings(steps=6, learning_rate=1e-2, warmup_steps=2)
