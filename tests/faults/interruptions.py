@@ -22,6 +22,7 @@ KILLED = ("corpus", "pretrain", "responses", "distill", "evaluate", "export")
 SHIM = Path(__file__).with_name("kill_at.c")
 # Where calls are counted, and up to which: a save of a checkpoint is about 90, a shard with its record about 12.
 WRITING = {"corpus": 16, "target/checkpoints": 130, "responses": 16}
+WRITERS = ("tokenizer", "corpus", "target", "responses")
 # Seconds from a signal to the end: of one process, of several, of those that have lost one, whose heartbeat is missed
 # after 30. One that never ends is ended.
 ONE_STOPS, ALL_STOP, ONE_LOST, NEVER = 5.0, 30.0, 60.0, 180.0
@@ -174,12 +175,14 @@ def killed_at_a_call(bench: Bench) -> Outcome:
     injected = held = 0
     notes = []
     for below, calls_made in WRITING.items():
-        calls = set()
+        stage, calls = below.split("/")[0], set()
         for _ in range(bench.effort):
+            if status(workdir / stage) == "done":  # the call that was chosen did not come
+                shutil.rmtree(workdir / stage)
             before = newest_checkpoint(workdir / "target")
             at = bench.random.randint(1, calls_made)
             shimmed = {"LD_PRELOAD": str(shim), "KILL_BELOW": f"{workdir}/{below}/", "KILL_AT": str(at)}
-            done = run(workdir, *LONGER, **shimmed)
+            done = run(workdir, *LONGER, "--only", *WRITERS[: WRITERS.index(stage) + 1], **shimmed)
             landed = done.returncode == -signal.SIGKILL
             kept = newest_checkpoint(workdir / "target") >= before and "checkpoint skipped" not in done.stderr
             injected, held = injected + landed, held + (landed and kept)
