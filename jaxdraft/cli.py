@@ -382,5 +382,18 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
+def command() -> None:
+    """The program. What was stopped is left without taking the interpreter apart, under XLA's threads at work."""
+    code = main()
+    if code == RESUME:
+        from jaxdraft.distributed import is_alone
+
+        if is_alone():  # else the other processes are told
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
