@@ -100,6 +100,8 @@ def missing(shards: Sequence[Shard], generator: Mapping[str, Any], say: Callable
     found = []
     for i, shard in enumerate(shards):
         if not shard.record.exists():
+            if shard.path.exists():
+                say(f"    {shard.path.name} has no record {shard.record.name}; the shard is written again")
             found.append(i)
             continue
         try:
