@@ -60,9 +60,10 @@ def test_what_is_missing_is_what_was_not_committed_whole(shards):
     damaged[10] ^= 1
     shards[5].path.write_bytes(damaged)
     assert answers.missing(shards, GENERATOR, said.append) == [0, 1, 3, 4, 5]
-    assert len(said) == 2
-    assert f"{shards[4].path.name} is gone" in said[0]
-    assert f"{shards[5].path.name} is damaged" in said[1]
+    assert len(said) == 3
+    assert f"{shards[3].path.name} has no record" in said[0]
+    assert f"{shards[4].path.name} is gone" in said[1]
+    assert f"{shards[5].path.name} is damaged" in said[2]
     with pytest.raises(ConfigError, match="written with dtype 'float32', here it is 'bfloat16'"):
         answers.missing(shards, {"dtype": "bfloat16"}, said.append)
 
