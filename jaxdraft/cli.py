@@ -11,11 +11,11 @@ from jaxdraft import __version__
 from jaxdraft.arguments import checkpoints, folder, integers, number, numbers, positive, seed, share, step_range, whole
 from jaxdraft.cli_runs import add_runs
 from jaxdraft.cli_sample import SAMPLE_EXAMPLE, add_sample, run_sample
-from jaxdraft.errors import ConfigError, Interrupted
+from jaxdraft.errors import RESUME, ConfigError, Interrupted
 from jaxdraft.redaction import RedactingFormatter, redacted
 from jaxdraft.untrusted import damaged, printable, read_json
 
-DONE, ERROR, WRONG, RESUME = 0, 1, 2, 75
+DONE, ERROR, WRONG = 0, 1, 2
 _MODEL = "Hugging Face folder, or owner/name[@revision] on the hub,"
 _ENGINES = ("transformers", "vllm", "sglang", "openvino", "llama.cpp")
 

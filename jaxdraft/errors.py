@@ -5,6 +5,9 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+RESUME = 75
+"""The exit code that says: the same command goes on from here."""
+
 
 class ConfigError(ValueError):
     """A setting or an input is wrong: the message names it and the remedy (exit code 2)."""

@@ -205,6 +205,12 @@ class BucketHome(Home):
                 file.unlink()
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in a stage's folder, ascending; whether they are whole is not looked at."""
+    there = (folder / CHECKPOINTS).glob("*")
+    return sorted(int(path.name) for path in there if path.name.isdigit() and path.is_dir())
+
+
 def open_home(place: Path | str, process: int | None = 0) -> Home:
     """The home of a run directory given as a path, or as the URL of a folder in a bucket."""
     if is_url(place):

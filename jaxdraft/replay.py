@@ -15,7 +15,7 @@ from jaxdraft.checkpoint import saved_fingerprint
 from jaxdraft.context import Context
 from jaxdraft.diff import fields
 from jaxdraft.errors import ConfigError
-from jaxdraft.home import CHECKPOINTS, Home
+from jaxdraft.home import CHECKPOINTS, Home, saved_steps
 from jaxdraft.provenance import differences, environment
 from jaxdraft.recipe import Recipe, Train
 from jaxdraft.remote import is_url
@@ -69,7 +69,7 @@ def replay(recipe: Recipe, home: Home, name: str, start: int | None = None, step
     context = Context(recipe, home)
     _check_current(stage, context)
     folder = home.folder / name
-    kept, written = _kept(folder), [line["step"] for line in read_jsonl(folder / METRICS)]
+    kept, written = saved_steps(folder), [line["step"] for line in read_jsonl(folder / METRICS)]
     start, end = _range(name, kept, len(written), start, steps)
     for field, (old, new) in _other_machine(context).items():
         say(f"note: {field} was {shortened(old)} and is {shortened(new)}: equal bytes are not promised (Tier C)")
@@ -106,10 +106,6 @@ def _check_current(stage: Train, context: Context) -> None:
             return
         if plan.state == "done":
             made[other.name] = plan.output
-
-
-def _kept(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit() and path.is_dir())
 
 
 def _range(name: str, kept: Sequence[int], written: int, start: int | None, steps: int | None) -> tuple[int, int]:

@@ -21,9 +21,8 @@ from typing import Any
 from jax.experimental import multihost_utils
 
 from jaxdraft.distributed import from_all, is_alone
-from jaxdraft.errors import Interrupted
+from jaxdraft.errors import RESUME, Interrupted
 
-RESUME = 75
 MESSAGE = "stopped; the same command goes on from here"
 GRACE = 3.0  # seconds that Python has to come back
 TICK = 0.25  # seconds between calls of processes that work apart

@@ -16,7 +16,7 @@ from jaxdraft import file_hashes
 from jaxdraft.data.records import MANIFEST, random_access
 from jaxdraft.errors import ConfigError, unknown_name
 from jaxdraft.files import sha256, sizes
-from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home
+from jaxdraft.home import CHECKPOINTS, RECORD, SUPERSEDED, Home, saved_steps
 from jaxdraft.inspect import as_bytes
 from jaxdraft.provenance import output_hash, stage_fingerprint
 from jaxdraft.redaction import HIDDEN
@@ -233,7 +233,7 @@ class _Folder:
 
     def _checkpoints(self, checked: Checked) -> None:
         folder = self._folder / CHECKPOINTS
-        saved = _saved(folder)
+        saved = set(saved_steps(self._folder))
         recorded = {
             int(path.stem)
             for path in folder.glob("[0-9]*.json")
@@ -246,7 +246,7 @@ class _Folder:
                 wrong = file_hashes.damage(folder / str(step), folder / f"{step}.json")
             except FileNotFoundError as error:
                 wrong = [f"{error.filename} is gone"]
-            now = _saved(folder) if wrong and checked.status != "done" else set()
+            now = set(saved_steps(self._folder)) if wrong and checked.status != "done" else set()
             if step not in now and step < max(now, default=0):
                 continue  # a newer one took its place; its record goes when the next is saved
             checked.problems += [f"{sentence}: a restore takes an older checkpoint" for sentence in wrong]
@@ -262,11 +262,6 @@ class _Folder:
         if others := sorted(name for name in sizes(self._folder) if not known(name)):
             shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             checked.remarks.append(f"of no record: {shown}")
-
-
-def _saved(folder: Path) -> set[int]:
-    """The steps whose checkpoints are there."""
-    return {int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir()}
 
 
 def _plain(name: str) -> str:
