@@ -19,6 +19,7 @@ FEWER_DRAFTS = 7  # shown where there are more: as many as have colours of their
 
 # What tells one setting from another, as far as a line names it; the batch size changes nothing but speed.
 _SETTING = ("task", "temperature", "top_p", "top_k", "verification", "drafting", "stop_below", "block_size")
+_DRAFTS = ("init", "reference")  # settings of a Train stage that may name another
 # Metric -> the sums over prompts that it is the ratio of.
 _RATIOS = {
     "acceptance_rate": ("accepted", "drafted_complete"),
@@ -67,13 +68,13 @@ def group_by_seed(run: RunDirectory, drafts: Sequence[str]) -> list[Group]:
 
 
 def _but_for_seed(run: RunDirectory, draft: str) -> Any:
-    """What a draft shares with those that differ only in their seed; a reference draft may differ likewise."""
+    """What a draft shares with those that differ only in their seed; start and reference may differ likewise."""
     stage = run.stage(draft)
     if stage is None:
         return draft
-    same = {key: value for key, value in stage.settings.items() if key not in ("name", "seed", "reference")}
-    reference = stage.settings.get("reference")
-    return sorted(same.items()), _but_for_seed(run, reference) if reference else None
+    same = {key: value for key, value in stage.settings.items() if key not in ("name", "seed", *_DRAFTS)}
+    others = [stage.settings.get(key) for key in _DRAFTS]
+    return sorted(same.items()), [_but_for_seed(run, other) if other else None for other in others]
 
 
 def compare(run: RunDirectory) -> list[dict[str, Any]]:

@@ -122,6 +122,19 @@ def test_references_may_differ_in_their_seed_alone(tmp_path: Path) -> None:
     }
 
 
+def test_starts_may_differ_in_their_seed_alone(tmp_path: Path) -> None:
+    pretrained = [trained(f"{text}-{seed}", seed, data=text) for text in ("web", "code") for seed in (0, 1)]
+    distilled = [trained(f"kl-{p['name']}", p["seed"], init=p["name"]) for p in pretrained]
+    fresh = [trained(f"fresh-{seed}", seed, init="random") for seed in (0, 1)]
+    found = names(tmp_path, *pretrained, *distilled, *fresh)
+    assert found == {name: (f"{name}-0", f"{name}-1") for name in ("web", "code", "kl-web", "kl-code", "fresh")}
+
+
+def test_data_made_with_another_seed_is_other_data(tmp_path: Path) -> None:
+    alone = {"kl-0": ("kl-0",), "kl-1": ("kl-1",)}
+    assert names(tmp_path, *(trained(f"kl-{seed}", seed, data=f"answers-{seed}") for seed in (0, 1))) == alone
+
+
 def test_pooled_values_are_the_sums_over_seeds_and_prompts(tmp_path: Path) -> None:
     run = read_run(two_seeds(tmp_path))
     rows = {(row["group"], row["task"], row["block_size"]): row for row in compare(run)}
