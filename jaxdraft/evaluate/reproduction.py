@@ -1,6 +1,7 @@
 """A paper's table or figure beside ours: the numbers of both."""
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -153,9 +154,30 @@ def _reproduced(
 def _of_draft(run: RunDirectory, column: Column, draft: str) -> dict[str, Any] | None:
     """A dimension of the draft, or its perplexity."""
     if column.metric == "perplexity":
-        return _with_interval(run.perplexity.get(draft, {}), "perplexity")
+        return _perplexity(run, draft)
     size = run.shapes(draft)["draft"].get(METRICS[column.metric].name)
     return None if size is None else {"value": size}
+
+
+def _perplexity(run: RunDirectory, draft: str) -> dict[str, Any] | None:
+    """That of a draft and of those that differ only in their seed, on the same text.
+
+    As the text is the same, exp(Σ −ln p / Σ tokens) over the seeds is the geometric mean of theirs. Results have no
+    sums per document to resample: the interval goes from the lowest to the highest end of the seeds' own, which are
+    over documents, and so is at least as wide as the seeds' range.
+    """
+    if draft not in run.perplexity:
+        return None
+    drafts = next(group.drafts for group in group_by_seed(run, list(run.perplexity)) if draft in group.drafts)
+    text = lambda of: [run.perplexity[of].get(key) for key in ("text", "tokens", "length", "stride")]
+    seeds = [_with_interval(run.perplexity[of], "perplexity") for of in drafts if text(of) == text(draft)]
+    known = [seed for seed in seeds if seed is not None]
+    if len(known) < len(seeds):  # one is infinite
+        return None
+    if len(known) == 1:
+        return known[0]
+    ends = [end for seed in known for end in seed.get("value_ci95", [seed["value"]])]
+    return {"value": statistics.geometric_mean(seed["value"] for seed in known), "value_ci95": [min(ends), max(ends)]}
 
 
 def _of_task(declared: Reproduction, column: Column, results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

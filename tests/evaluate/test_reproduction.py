@@ -190,6 +190,33 @@ def test_the_text_of_perplexity_is_told(tmp_path: Path) -> None:
     assert "12.34" in (page.parent / "perplexity.csv").read_text()
 
 
+def test_perplexity_is_pooled_over_seeds_on_the_same_text(tmp_path: Path) -> None:
+    make_run(tmp_path, "fastdraft", "Table 1")
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    first = recipe["stages"][0]
+    seeds = [{**first, "name": name, "seed": seed} for seed, name in enumerate((first["name"], "second", "third"))]
+    write_json(tmp_path / "recipe.json", {**recipe, "stages": [*seeds, *recipe["stages"][1:]]})
+
+    def cell(*measured: tuple[str, float | None, float]) -> dict[str, Any] | None:
+        for stage, (text, value, error) in zip(seeds, measured, strict=True):
+            write_json(tmp_path / stage["name"] / "stage.json", {"status": "done", "settings": stage})
+            interval = [value - error, value + error] if value else [None, None]
+            found = {"perplexity": value, "perplexity_ci95": interval, "text": text, "tokens": 9, "length": 4}
+            results = {"draft_stage": stage["name"], "parameters": {}, "runs": [], "perplexity": found}
+            write_json(tmp_path / "evaluate" / stage["name"] / "results.json", results)
+        (reproduced,) = reproductions(read_run(tmp_path), [])
+        row = reproduced.rows[0][0].name
+        return next((found for at, found in reproduced.cells.items() if at[0] == row and at[1].task), None)
+
+    pooled = cell(("wiki", 100.0, 30.0), ("wiki", 121.0, 1.0), ("another", 30.0, 1.0))
+    assert pooled == {"value": pytest.approx(110.0), "value_ci95": [70.0, 130.0]}
+    assert cell(("wiki", 100.0, 3.0), ("another", 1.0, 0.5), ("another", 1.0, 0.5)) == {
+        "value": 100.0,
+        "value_ci95": [97.0, 103.0],
+    }
+    assert cell(("wiki", 100.0, 3.0), ("wiki", None, 0.0), ("wiki", 100.0, 3.0)) is None, "one is infinite"
+
+
 def test_other_settings_are_told(tmp_path: Path) -> None:
     make_run(tmp_path, "fastdraft", "Table 4")
     for file in tmp_path.glob("evaluate/*/results.json"):
