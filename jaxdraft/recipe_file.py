@@ -28,10 +28,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by path, or by the name of a file in ``configs/``.
 
+    What begins with an underscore there is no recipe: recipes import it.
+
     Raises:
       ConfigError: there is none.
     """
-    known = {path.stem: path for path in sorted(CONFIGS.glob("*.py"))}
+    known = {path.stem: path for path in sorted(CONFIGS.glob("[!_]*.py"))}
     if Path(name).is_file():
         return Path(name)
     if name in known:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxdraft import recipe_file
 from jaxdraft.errors import ConfigError
 from jaxdraft.losses import DPACE, KL, TVDPlusPlus
 from jaxdraft.recipe import HFModel, Score, TopK, Train
@@ -173,7 +174,7 @@ def test_every_shipped_recipe_loads():
         "loss_comparison": somebody_elses,
         "chat_target": ["tokenizer.path=somewhere", "text.path=something.txt"],
     }
-    for path in CONFIGS.glob("*.py"):
+    for path in CONFIGS.glob("[!_]*.py"):
         recipe = load_recipe(path.stem, arguments.get(path.stem, []))
         assert to_json(recipe)["title"]
 
@@ -188,6 +189,15 @@ def test_a_required_argument_is_asked_for():
 def test_a_recipe_that_does_not_exist_gets_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
         find_recipe("quickstrat")
+
+
+def test_what_recipes_share_is_not_offered_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_file, "CONFIGS", tmp_path)
+    for name in ("_shared.py", "shared.py"):
+        (tmp_path / name).touch()
+    assert find_recipe("shared") == tmp_path / "shared.py"
+    with pytest.raises(ConfigError, match="did you mean 'shared'"):
+        find_recipe("_shared")
 
 
 def test_a_file_without_a_recipe_is_refused(tmp_path):
