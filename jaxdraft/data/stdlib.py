@@ -3,12 +3,14 @@
 Modules are read, never imported. A module belongs as a whole to one split by the hash of its name: "train" (13/16),
 "seed" (2/16, prompts for `Generate`) or "eval" (1/16, prompts for `Evaluate`), so no held-out module is in the training
 text; a held-out pair whose words a training module repeats is left out. The language reference in
-`pydoc_data.topics` belongs to no module and is all training text. The same Python gives the same output.
+`pydoc_data.topics` belongs to no module and is all training text. The same Python gives the same output. Where that is
+too little, installed packages can be read in its place.
 """
 
 import ast
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import re
@@ -18,7 +20,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Rejected, first
@@ -29,6 +31,7 @@ Part = Literal["text", "code", "instructions"]
 Kind = Literal["open", "summary", "code"]
 Split = Literal["train", "seed", "eval"]
 
+_LICENCE = "PSF-2.0"
 _EXCLUDED = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "lib2to3", "encodings"}
 _EXCLUDED |= {"pydoc_data", "ensurepip", "turtledemo", "__phello__", "__pycache__"}
 _MACHINE = re.compile(r"^(_sysconfigdata|_sysconfig_vars|sitecustomize|usercustomize|python-config|pip|setuptools)")
@@ -70,37 +73,50 @@ class _Example:
 
 @dataclass(frozen=True)
 class PythonLibrary:
-    """The standard library as documents, in an order that mixes its parts.
+    """The standard library, or installed packages, as documents, in an order that mixes its parts.
 
     Attributes:
       part: "text" (a module's docstrings, and the language reference), "code" (source files) or "instructions" (prompt
         and response of `PythonTask`'s three kinds, one document each).
       split: which modules; see the module's docstring.
       limit: at most this many documents.
+      licence: the standard library's; packages have their own, which nobody knows unless it is said here.
+      packages: import names of installed packages, such as ``("numpy", "jax")``, to read instead of the standard
+        library, for a recipe that wants each token once and more than the library's 2 MB of text. None is imported, and
+        of modules with equal source the first is kept. Which text it is depends on the versions installed.
+    Raises (when read):
+      ConfigError: a package is not installed.
     """
 
     part: Part = "text"
     split: Split = "train"
     limit: int | None = None
-    licence: str | None = "PSF-2.0"
+    licence: str | None = _LICENCE
+    packages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("part", self.part, get_args(Part))
         _check_choice("split", self.split, get_args(Split))
 
     def documents(self) -> Iterator[str | Rejected]:
-        modules = [module for module in _modules() if module.split == self.split]
+        modules = [module for module in _modules(self.packages) if module.split == self.split]
         if self.part == "code":
             documents = iter([module.source for module in modules])
         elif self.part == "text":
-            documents = iter([doc for _, doc in sorted(_texts(modules, self.split), key=lambda item: _order(item[0]))])
+            topics = _topics() if self.split == "train" and not self.packages else {}
+            texts = [*topics.items(), *_texts(modules)]
+            documents = iter([doc for _, doc in sorted(texts, key=lambda item: _order(item[0]))])
         else:
-            documents = (example.prompt + example.response for example in _examples() if example.split == self.split)
+            examples = (example for example in _examples(self.packages) if example.split == self.split)
+            documents = (example.prompt + example.response for example in examples)
         return first(documents, self.limit)
 
     def fingerprint(self) -> str:
         """sha256 over the Python version and the names and contents of the files read."""
-        return _library_fingerprint()
+        return _library_fingerprint(self.packages)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"licence": None} if self.packages and self.licence == _LICENCE else {}
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class PythonTask:
         _check_choice("split", self.split, get_args(Split))
 
     def prompts(self, tokenizer: Tokenizer) -> Iterator[Prompt | Rejected]:
-        examples = [e for e in _examples() if e.split == self.split and self.kind in (e.kind, "all")]
+        examples = [e for e in _examples(()) if e.split == self.split and self.kind in (e.kind, "all")]
         tokens = tokenizer.encode_batch([e.prompt for e in examples])
 
         def each() -> Iterator[Prompt | Rejected]:
@@ -141,7 +157,7 @@ class PythonTask:
         return first(each(), self.limit)
 
     def fingerprint(self) -> str:
-        return _library_fingerprint()
+        return _library_fingerprint(())
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -158,27 +174,46 @@ def _split_of(module: str) -> Split:
     return "eval" if bucket == 0 else "seed" if bucket <= 2 else "train"
 
 
-@functools.cache
-def _files() -> tuple[tuple[str, Path], ...]:
+def _roots(packages: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    """(package, its folder); the standard library's package is ""."""
+    if not packages:
+        yield "", Path(sysconfig.get_path("stdlib"))
+    for package in packages:
+        # Of a name with a dot, find_spec would import the parent.
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(
+                f"packages: {package!r} is not the import name of an installed package: pip install the one that has "
+                "it, or leave it out"
+            )
+        for folder in spec.submodule_search_locations:
+            yield package, Path(folder)
+
+
+def _files(packages: tuple[str, ...]) -> list[tuple[str, Path]]:
     """(module name, file), in the order of the names' hashes."""
-    root = Path(sysconfig.get_path("stdlib"))
     found = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        folders = {part for part in parts if part in _EXCLUDED or part.startswith(("config-", "lib-"))}
-        if not folders and not _MACHINE.match(parts[-1]):
-            found.append((".".join(part for part in parts if part != "__init__"), path))
-    return tuple(sorted(found, key=lambda item: _order(item[0])))
+    for package, root in _roots(packages):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            folders = {part for part in parts if part in _EXCLUDED or part.startswith(("config-", "lib-"))}
+            if not folders and (package or not _MACHINE.match(parts[-1])):
+                found.append((".".join(part for part in (package, *parts) if part not in ("", "__init__")), path))
+    return sorted(found, key=lambda item: _order(item[0]))
 
 
 @functools.cache
-def _modules() -> tuple[_Module, ...]:
+def _modules(packages: tuple[str, ...]) -> tuple[_Module, ...]:
     modules = []
-    for name, path in _files():
+    seen: set[str] = set()
+    for name, path in _files(packages):
         try:
             source = path.read_text("utf-8")
         except UnicodeDecodeError:
             continue
+        if packages and source in seen:  # several __init__.py of nothing but a licence
+            continue
+        seen.add(source)
         modules.append(_Module(name, source, _split_of(name)))
     return tuple(modules)
 
@@ -197,17 +232,16 @@ def _topics() -> dict[str, str]:
 
 
 @functools.cache
-def _library_fingerprint() -> str:
+def _library_fingerprint(packages: tuple[str, ...]) -> str:
     digest = hashlib.sha256(sys.version.encode())
-    for module in _modules():
+    for module in _modules(packages):
         digest.update(f"{module.name}\0{hashlib.sha256(module.source.encode()).hexdigest()}\n".encode())
-    digest.update(repr(sorted(_topics().items())).encode())
+    if not packages:
+        digest.update(repr(sorted(_topics().items())).encode())
     return digest.hexdigest()
 
 
-def _texts(modules: list[_Module], split: Split) -> Iterator[tuple[str, str]]:
-    if split == "train":
-        yield from _topics().items()
+def _texts(modules: list[_Module]) -> Iterator[tuple[str, str]]:
     for module in modules:
         if docs := _mined(module).docs:
             yield module.name, "\n\n\n".join(docs) + "\n"
@@ -246,12 +280,12 @@ def _walk(name: str, tree: ast.Module) -> Iterator[tuple[str, _Definition]]:
 
 
 @functools.cache
-def _examples() -> tuple[_Example, ...]:
+def _examples(packages: tuple[str, ...]) -> tuple[_Example, ...]:
     """Every pair, in mixed order. Training modules come first, so that a held-out repetition of theirs is dropped."""
     ranks = {"train": 0, "seed": 1, "eval": 2}
     found: dict[str, _Example] = {}
     seen: set[tuple[str, str, str]] = set()
-    for module in sorted(_modules(), key=lambda module: ranks[module.split]):
+    for module in sorted(_modules(packages), key=lambda module: ranks[module.split]):
         for name, kind, text, response in _mined(module).pairs:
             answered = module.split != "train" and len(response) >= _DISTINCTIVE and (kind, "", response) in seen
             if answered or (kind, text, response) in seen or f"{kind}:{name}" in found:

@@ -3,7 +3,7 @@ import itertools
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +113,48 @@ def test_another_process_gives_the_same(library):
     documents = [text for part in ("text", "code", "instructions") for text in library[part, "train"]]
     here = hashlib.sha256(repr(documents).encode()).hexdigest()
     assert run.stdout.split() == [here, PythonLibrary().fingerprint()]
+
+
+def test_packages_are_read_in_the_library_s_place():
+    def of(part, *packages):
+        return [list(PythonLibrary(part, split, packages=packages).documents()) for split in SPLITS]
+
+    text, code = of("text", "numpy"), of("code", "numpy")
+    assert sum(map(len, text[0])) > 500_000
+    everything = "".join(itertools.chain(*text))
+    assert "\nnumpy.linalg._linalg.norm\n" in everything
+    assert "numpy.linalg.tests" not in everything
+    assert all(document.startswith("numpy") for document in text[0]), "no language reference"
+    for documents in (text, code, of("instructions", "numpy")):
+        each = list(itertools.chain(*documents))
+        assert len(set(each)) == len(each), "no document is in two splits, or twice"
+    mixed, own = of("text", "numpy", "jaxdraft")[0], of("text", "jaxdraft")[0]
+    assert sorted(mixed) == sorted(own + text[0])
+    half = len(mixed) // 2
+    assert all(any(document in own for document in part) for part in (mixed[:half], mixed[half:]))
+
+
+def test_a_package_is_not_imported_and_its_contents_are_the_fingerprint(tmp_path, monkeypatch):
+    def made(name, source):
+        (tmp_path / name / "tests").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError\n")
+        (tmp_path / name / "pipeline.py").write_text(source)
+        (tmp_path / name / "tests" / "case.py").write_text("left = 'out'\n")
+        return PythonLibrary("code", packages=(name,))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    one, other = made("draft_words", "x = 1\n"), made("draft_words_too", "x = 2\n")
+    found = [text for split in SPLITS for text in replace(one, split=split).documents()]
+    assert sorted(found) == ["raise RuntimeError\n", "x = 1\n"]
+    assert len({library.fingerprint() for library in (one, other, PythonLibrary())}) == 3
+    assert one.provenance() == {"licence": None}, "not the standard library's"
+    assert replace(one, licence="MIT").provenance() == PythonLibrary().provenance() == {}
+
+
+@pytest.mark.parametrize("name", ["nump", "json.decoder", "queue"])
+def test_a_package_that_is_not_there_is_named(name):
+    with pytest.raises(ConfigError, match=f"packages: '{name}' is not .* pip install"):
+        PythonLibrary(packages=("numpy", name)).fingerprint()
 
 
 def test_settings_are_checked_and_plain():
