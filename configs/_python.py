@@ -1,0 +1,47 @@
+"""What the recipes of the papers run on where ``scale=small``: a small target, its text, its questions, all at hand.
+
+The target is `python_target`'s, whose weights lie beside it. What stands for what in the papers:
+
+- FineWeb is documentation (Python's, numpy's and jax's), The Stack is the code of Python's library.
+- OIG-small-chip2, Alpaca and the like are instructions made from its modules; every module belongs to one split, so
+  what a task asks was in no text, and not in the target's either.
+- Dolly is "open" (a function's description from its signature), XSum and CNN/DailyMail are "summary" (a line on a class
+  or module), HumanEval is "code" (a body from signature and docstring), TinyStories is "text" (a passage of
+  documentation gone on with), WMT18 is "translate" (German to English: unlike all that target and drafts have seen).
+"""
+
+from pathlib import Path
+
+from jaxdraft.data.passages import Continuations, Passages
+from jaxdraft.data.prompts import PromptFile
+from jaxdraft.data.stdlib import PythonLibrary, PythonTask
+from jaxdraft.evaluate.tasks import Task
+from jaxdraft.models import ModelConfig
+from jaxdraft.recipe import HFModel
+
+HERE = Path(__file__).parent
+TARGET = HFModel(str(HERE / "targets" / "python-5m"))
+TEXT = (
+    PythonLibrary("text"),
+    PythonLibrary("text", packages=("numpy", "jax"), licence="BSD-3-Clause AND Apache-2.0"),
+)
+CODE = (PythonLibrary("code"),)
+LENGTH = 192
+PROMPT, ANSWER = 112, 64  # tokens
+# 5 and 7 % of the target
+SMALL = ModelConfig(hidden_size=80, intermediate_size=224, num_layers=1, num_heads=2, num_kv_heads=2)
+LARGE = ModelConfig(hidden_size=128, intermediate_size=320, num_layers=1, num_heads=2, num_kv_heads=2)
+
+
+def instructions(limit: int) -> PythonTask:
+    """Prompts for ``Generate``."""
+    return PythonTask("all", split="seed", limit=limit, max_tokens=PROMPT)
+
+
+def task(kind: str, name: str = "", limit: int = 24, **decoding) -> Task:
+    """Held-out prompts of a kind."""
+    prompts = {
+        "text": Continuations(Passages(PythonLibrary("text", split="eval"), "all", 600), limit, max_tokens=PROMPT),
+        "translate": PromptFile(str(HERE / "prompts" / "translate.jsonl"), limit=limit),
+    }.get(kind) or PythonTask(kind, split="eval", limit=limit, max_tokens=PROMPT)  # type: ignore[arg-type]
+    return Task(name or kind, prompts, max_new_tokens=ANSWER, **decoding)

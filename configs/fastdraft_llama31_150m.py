@@ -1,0 +1,22 @@
+"""FastDraft (Zafrir et al. 2024, arXiv 2411.11055), whole: a 150M draft for Llama-3.1-8B. Tables 4 and 14.
+
+    jaxdraft run fastdraft_llama31_150m --workdir runs/llama31-150m
+    jaxdraft run fastdraft_llama31_150m --workdir runs/llama31-small --set scale=small
+
+PLAN
+
+As `fastdraft_phi3_50m`, whose docstring says what is the paper's and what is not; only target and draft differ. Its
+numbers, acceptance at γ 3, greedy, after PT, CP and FT: CNN/DailyMail 0.298, 0.300, 0.327; TinyStories 0.243, 0.250,
+0.271; Dolly 0.257, 0.284, 0.350; HumanEval 0.282, 0.658, 0.700. Llama 3.1's licence asks for a name that begins with
+"Llama" and for "Built with Llama". Small: the larger draft of `configs/_python.py`.
+"""
+
+import _fastdraft as fd
+import _stages as stages
+
+
+def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
+    size = fd.size_of(scale, fd.LLAMA31)
+    return stages.stages_of(
+        size, "150M", "FastDraft: a 150M draft for Llama-3.1-8B", stages.of_tables(size, "Llama3.1 150M"), seeds
+    )

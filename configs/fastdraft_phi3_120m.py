@@ -1,0 +1,20 @@
+"""FastDraft (Zafrir et al. 2024, arXiv 2411.11055): its larger draft for Phi-3-mini, 120M. A part of Table 7, Figure 1.
+
+    jaxdraft run fastdraft_phi3_120m --workdir runs/phi3-120m
+
+PLAN
+
+As `fastdraft_phi3_50m`, whose docstring says what is the paper's and what is not. The paper pretrains this draft only;
+after 5 B tokens it prints, acceptance at γ 3, greedy and at T 0.6: CNN/DailyMail 0.393 and 0.366, TinyStories 0.343 and
+0.327, Dolly 0.293 and 0.281, perplexity 167.7. Its other stages are here for those who want the draft. The paper's 120M
+is 134M with the head that its table 5 gives.
+"""
+
+import _fastdraft as fd
+import _stages as stages
+
+
+def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
+    size = fd.size_of(scale)
+    reproduces = tuple(fd.shown(size, name, {"120M, 5BT": "pretrain"}, fd.LANGUAGE) for name in ("Table 7", "Figure 1"))
+    return stages.stages_of(size, "120M", "FastDraft: a 120M draft for Phi-3-mini", reproduces, seeds)

@@ -1,0 +1,29 @@
+"""FastDraft (Zafrir et al. 2024, arXiv 2411.11055), whole: a 50M draft for Phi-3-mini. Its stages: Tables 4 and 14.
+
+    jaxdraft run fastdraft_phi3_50m --workdir runs/phi3-50m
+    jaxdraft run fastdraft_phi3_50m --workdir runs/stages-small --set scale=small
+
+PLAN
+
+Of the paper: Table 5's draft; 5 B tokens of FineWeb, then 5 B of The Stack v2 with 2.5 B of FineWeb (4.1, 5.3); the
+target's answers to Alpaca, OIG-small-chip2, Evol-Instruct and instructions it wrote itself (Magpie), greedily and at
+0.6, 0.8 and 1.0 (5.1); cross-entropy on them (section 6); Adam at 1e-4, 0.9/0.999, decay 0.01, 5 % warm-up, linear, in
+batches of 128 (A.3). Its numbers, acceptance at γ 3, greedy, after PT, CP and FT: CNN/DailyMail 0.350, 0.349, 0.399;
+TinyStories 0.295, 0.304, 0.321; Dolly 0.258, 0.244, 0.390; HumanEval 0.312, 0.672, 0.663.
+
+What differs. Rows of 2048 and answers of 512 tokens, 100,000 instructions of Magpie's and one pass over answers as long
+as 384 tokens with their prompts are ours: the paper does not say. It trained in float16, this computes in bfloat16 on
+accelerators. The code's files come from Software Heritage's bucket (`EXTRAS=s3`, their agreement, AWS credentials).
+
+Small: the target, text, code and questions of `configs/_python.py`, three seeds; 1e5 tokens for each of its billions.
+"""
+
+import _fastdraft as fd
+import _stages as stages
+
+
+def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
+    size = fd.size_of(scale)
+    return stages.stages_of(
+        size, "50M", "FastDraft: a 50M draft for Phi-3-mini", stages.of_tables(size, "Phi3-mini 50M"), seeds
+    )
