@@ -23,7 +23,9 @@ HERE = Path(__file__).parent
 TARGET = HFModel(str(HERE / "targets" / "python-5m"))
 TEXT = (
     PythonLibrary("text"),
-    PythonLibrary("text", packages=("numpy", "jax"), licence="BSD-3-Clause AND Apache-2.0"),
+    PythonLibrary(
+        "text", packages=("numpy", "jax"), licence="BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0 AND Apache-2.0"
+    ),
 )
 CODE = (PythonLibrary("code"),)
 LENGTH = 192
