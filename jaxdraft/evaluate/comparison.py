@@ -20,8 +20,9 @@ FEWER_DRAFTS = 7  # shown where there are more: as many as have colours of their
 # What tells one setting from another, as far as a line names it; the batch size changes nothing but speed.
 _SETTING = ("task", "temperature", "top_p", "top_k", "verification", "drafting", "stop_below", "block_size")
 _DRAFTS = ("init", "reference")  # settings of a Train stage that may name another
+Setting = tuple[tuple[str, Any], ...]
 # Metric -> the sums over prompts that it is the ratio of.
-_RATIOS = {
+RATIOS = {
     "acceptance_rate": ("accepted", "drafted_complete"),
     "block_efficiency": ("tokens", "blocks"),
     "block_efficiency_offline": ("target_tokens", "expected_blocks"),
@@ -87,19 +88,16 @@ def compare(run: RunDirectory) -> list[dict[str, Any]]:
     groups = group_by_seed(run, run.drafts)
     if all(len(group.drafts) == 1 for group in groups):
         return []
-    answers: dict[tuple[str, tuple[Any, ...]], dict[str, dict[str, Any]]] = {}
-    for line in run.samples:
-        setting = tuple((name, line[name]) for name in _SETTING if name in line)
-        answers.setdefault((line["draft"], setting), {})[str(line["id"])] = line
+    answers = answers_by_setting(run)
     settings = dict.fromkeys(setting for _, setting in answers)
     rows = []
     for group in groups:
         for setting in settings:
             by_seed = [answers[key] for draft in group.drafts if (key := (draft, setting)) in answers]
-            prompts = [prompt for prompt in by_seed[0] if all(prompt in seed for seed in by_seed)] if by_seed else []
+            prompts = answered_by_all(by_seed)
             if prompts:
                 ratio = run.parameters[group.drafts[0]]["ratio"]
-                counts = [[_counts(seed[prompt]) for prompt in prompts] for seed in by_seed]
+                counts = [[counts_of(seed[prompt]) for prompt in prompts] for seed in by_seed]
                 rows.append(
                     {
                         "group": group.name,
@@ -114,7 +112,25 @@ def compare(run: RunDirectory) -> list[dict[str, Any]]:
     return rows
 
 
-def _counts(line: Mapping[str, Any]) -> dict[str, float]:
+def answers_by_setting(run: RunDirectory) -> dict[tuple[str, Setting], dict[str, Mapping[str, Any]]]:
+    """Lines of samples.jsonl by draft and setting, and then by prompt."""
+    answers: dict[tuple[str, Setting], dict[str, Mapping[str, Any]]] = {}
+    for line in run.samples:
+        answers.setdefault((line["draft"], setting_of(line)), {})[str(line["id"])] = line
+    return answers
+
+
+def setting_of(line: Mapping[str, Any]) -> Setting:
+    """What tells its setting from another, of a sample or a result."""
+    return tuple((name, line[name]) for name in _SETTING if name in line)
+
+
+def answered_by_all(drafts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Prompts that every one of some drafts answered, in order."""
+    return [prompt for prompt in drafts[0] if all(prompt in draft for draft in drafts)] if drafts else []
+
+
+def counts_of(line: Mapping[str, Any]) -> dict[str, float]:
     """What one answer adds to the sums."""
     accepted = line["accepted"]
     # A block that is not cut writes its accepted tokens and one more.
@@ -134,7 +150,7 @@ def _counts(line: Mapping[str, Any]) -> dict[str, float]:
 def _pooled(counts: Sequence[Sequence[Mapping[str, float]]], ratio: float) -> dict[str, Any]:
     """The metrics of one group in one setting, from counts per seed and prompt."""
     found = {}
-    for name, sums in _RATIOS.items():
+    for name, sums in RATIOS.items():
         found[name] = pooled_ratio(*(np.array([[c[key] for c in seed] for seed in counts]) for key in sums))
     drafted = np.sum([[c["drafted"] for c in seed] for seed in counts])
     blocks = np.sum([[c["blocks"] for c in seed] for seed in counts])
@@ -153,12 +169,33 @@ def pooled_ratio(above_SP: np.ndarray, below_SP: np.ndarray) -> list[float]:
     prompt that is drawn comes with its answers from every seed, because they are alike. A few seeds tell little of
     others: what they contribute to the interval is rough.
     """
+    value, draws_N = _resampled(above_SP, below_SP)
+    return _with_ends(value, draws_N)
+
+
+def pooled_change(
+    above_SP: np.ndarray, below_SP: np.ndarray, base_above_SP: np.ndarray, base_below_SP: np.ndarray
+) -> list[float]:
+    """By how much a ratio is above another of the same seeds and prompts, relative to it, and its 95% interval.
+
+    As ``pooled_ratio``, with the same seeds and prompts drawn for both: what they share is not counted as chance.
+    """
+    value, draws_N = _resampled(above_SP, below_SP)
+    base, base_draws_N = _resampled(base_above_SP, base_below_SP)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _with_ends(value / base - 1, draws_N / base_draws_N - 1)
+
+
+def _resampled(above_SP: np.ndarray, below_SP: np.ndarray) -> tuple[float, np.ndarray]:
+    """Σ above / Σ below, and the same of each resample, which for a shape are always the same ones."""
     rng = np.random.default_rng(0)
     seeds_NS, prompts_NP = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) for n in above_SP.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = above_SP.sum() / below_SP.sum()
         above_N, below_N = (np.sum(seeds_NS @ x_SP * prompts_NP, axis=1) for x_SP in (above_SP, below_SP))
-        draws_N = above_N / below_N
+        return above_SP.sum() / below_SP.sum(), above_N / below_N
+
+
+def _with_ends(value: float, draws_N: np.ndarray) -> list[float]:
     finite = draws_N[np.isfinite(draws_N)]
     return [float(x) for x in (value, *np.percentile(finite if finite.size else [value], [2.5, 97.5]))]
 

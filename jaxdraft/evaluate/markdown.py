@@ -40,6 +40,9 @@ def _parts(context: Mapping[str, Any]) -> Iterator[str]:
         for title, table in paper["results"].items():
             yield f"{_plain(title)}:"
             yield markdown_table(table)
+        if paper["changes"].rows:
+            yield "What changed, with intervals of the change:"
+        yield markdown_table(paper["changes"])
         yield _images(paper["pictures"])
         yield " ".join(map(_plain, paper["notes"]))
         yield markdown_table(paper["differences"])

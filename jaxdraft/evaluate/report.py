@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jaxdraft.evaluate.changes import change_rows, change_table
 from jaxdraft.evaluate.collect import RunDirectory, read_run
 from jaxdraft.evaluate.comparison import compare, fewer_drafts
 from jaxdraft.evaluate.dataset_report import (
@@ -70,6 +71,7 @@ def write_report(workdir: Path) -> Path:
             "paper": exhibit.paper,
             "csv": f"{exhibit.slug}.csv",
             "results": result_tables(exhibit),
+            "changes": change_table(exhibit),
             "differences": differences(exhibit),
             "agreements": agreements(exhibit),
             "notes": exhibit.notes,
@@ -87,7 +89,10 @@ def write_report(workdir: Path) -> Path:
         (partial / picture.file).write_bytes(picture.png)
     write_csvs(
         partial,
-        csv_tables(run, comparison) | dataset_csvs(run.stages) | {e.slug: csv_rows(e) for e in reproduced},
+        csv_tables(run, comparison)
+        | dataset_csvs(run.stages)
+        | {e.slug: csv_rows(e) for e in reproduced}
+        | {f"{e.slug}_changes": lines for e in reproduced if (lines := change_rows(e))},
     )
     (partial / "report.md").write_text(markdown(context), encoding="utf-8")
     (partial / "index.html").write_text(_page(context), encoding="utf-8")

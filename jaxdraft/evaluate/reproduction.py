@@ -220,10 +220,11 @@ def _table(found: Reproduced, columns: Sequence[Column]) -> Table:
             cell = measured(ours, "value", best, metric.digits) if ours else Cell("–")
             beside = "" if theirs is None else f"{found.theirs} {theirs:,.{metric.digits}f}"
             line.append(cell._replace(beside=beside))
-    return Table([Cell("Draft", "stage"), *(_heading(found, column) for column in columns)], lines)
+    return Table([Cell("Draft", "stage"), *(heading(found, column) for column in columns)], lines)
 
 
-def _heading(found: Reproduced, column: Column) -> Cell:
+def heading(found: Reproduced, column: Column) -> Cell:
+    """What a column of the exhibit says: the metric, or the task and how it is decoded."""
     if column.block_size is None:
         return Cell(METRICS[column.metric].name, TASKS.get(str(column.task), ""))
     how = decoding({"temperature": column.temperature})

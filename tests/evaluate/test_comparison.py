@@ -11,7 +11,7 @@ import pytest
 from jaxdraft.decode import SpeculativeResult
 from jaxdraft.evaluate import plotting
 from jaxdraft.evaluate.collect import Stage, read_run
-from jaxdraft.evaluate.comparison import compare, fewer_drafts, group_by_seed, pooled_ratio
+from jaxdraft.evaluate.comparison import compare, fewer_drafts, group_by_seed, pooled_change, pooled_ratio
 from jaxdraft.evaluate.metrics import acceptance_metrics, ratio_of_sums, with_interval
 from jaxdraft.evaluate.report import write_report
 
@@ -268,3 +268,15 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_named_as_papers_write_them(name: str) -> None:
     assert Stage("distill", "Train", "done", {"loss": NAMES[name]}, {}, None, []).loss == name
+
+
+def test_a_change_is_drawn_with_its_base() -> None:
+    """Of drafts that differ by a factor in every prompt, the change is exact however prompts and seeds are drawn."""
+    rng = np.random.default_rng(0)
+    below = rng.integers(5, 40, (3, 20)).astype(float)
+    above = below * rng.uniform(1, 3, (1, 20))
+    assert pooled_change(1.2 * above, below, above, below) == pytest.approx([0.2, 0.2, 0.2])
+    value, low, high = pooled_change(above * rng.uniform(1.0, 1.4, (3, 20)), below, above, below)
+    assert low < value < high
+    alone = pooled_ratio(above, below)
+    assert high - low < alone[2] - alone[1]  # what both share is no part of it
