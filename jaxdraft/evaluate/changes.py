@@ -73,7 +73,7 @@ def _of_one_size(found: Reproduced, *drafts: str) -> bool:
 
 
 def _pooled(metric: str, ours: Sequence[Answers], base: Sequence[Answers]) -> list[float] | None:
-    """The change of a metric and its interval, from the answers of each seed's draft; None where they have none alike."""
+    """The change of a metric and its interval over seeds and prompts; None without any in common."""
     metric = _MEASURED.get(metric, metric)
     prompts = answered_by_all([*ours, *base])
     if metric not in RATIOS or len(ours) != len(base) or not prompts:
