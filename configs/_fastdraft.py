@@ -36,6 +36,7 @@ class Size(NamedTuple):
     tasks: dict[str, tasks.Task]  # by the paper's names
     length: int
     answer: int
+    generate_batch: int
     batch_size: int
     learning_rate: float
     finetune_steps: int  # on the answers to OIG-small-chip2
@@ -83,6 +84,7 @@ PHI3 = Size(
     },
     length=2048,
     answer=ANSWER,
+    generate_batch=256,
     batch_size=128,
     learning_rate=1e-4,
     finetune_steps=updates(210_289),
@@ -112,6 +114,7 @@ SMALL = Size(
     },
     length=small.LENGTH,
     answer=small.ANSWER,
+    generate_batch=64,
     batch_size=12,
     learning_rate=4e-3,
     finetune_steps=150,
@@ -186,7 +189,8 @@ def answers(
         top_p=1.0,
         max_new_tokens=size.answer,
         length=size.length,
-        batch_size=64,
+        batch_size=size.generate_batch,
+        shard_size=8 * size.generate_batch,
         keep_logits=keep,
     )
 

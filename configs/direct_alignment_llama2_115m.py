@@ -3,8 +3,8 @@
     jaxdraft run direct_alignment_llama2_115m --workdir runs/direct-alignment --accept-license
     jaxdraft run direct_alignment_llama2_115m --workdir runs/direct-alignment-small --set scale=small
 
-What it takes: 97 hours on eight TPU v5p, by `jaxdraft plan direct_alignment_llama2_115m --hardware 8xv5p`: 77 to
-pretrain, 11 for the answers at most, 2.2 for each of four distillations, 0.84 to evaluate; on eight H100 (`8xH100`) 49,
+What it takes: 91 hours on eight TPU v5p, by `jaxdraft plan direct_alignment_llama2_115m --hardware 8xv5p`: 77 to
+pretrain, 5 for the answers at most, 2.2 for each of four distillations, 0.84 to evaluate; on eight H100 (`8xH100`) 44,
 of which 36 to pretrain. Storage 3.05 TB, 3 TB of them text as tokens, beside what is downloaded. Hours are of chips at
 40 % of their peak, without tokenising; the paper pretrained on 32 A100 and distilled on 8, and gives no hours.
 
@@ -98,7 +98,7 @@ FULL = Size(
     },
     length=2048,
     answer=256,
-    generate_batch=64,
+    generate_batch=256,
     pretrain={
         "steps": 600_000_000_000 // (496 * 2048),
         "batch_size": 496,
@@ -202,6 +202,7 @@ def recipe(*, scale: Literal["full", "small"] = "full", seeds: int | None = None
                 max_new_tokens=size.answer,
                 length=size.length,
                 batch_size=size.generate_batch,
+                shard_size=8 * size.generate_batch,
             ),
             Generate(  # held out, for block efficiency while a draft learns
                 "probe",

@@ -3,7 +3,7 @@
     jaxdraft run fastdraft_losses --workdir runs/losses
     jaxdraft run fastdraft_losses --workdir runs/losses-small --set scale=small
 
-What it takes: 2.8 hours on eight H100, by `jaxdraft plan fastdraft_losses --hardware 8xH100`: 2.5 for the answers at
+What it takes: 1.5 hours on eight H100, by `jaxdraft plan fastdraft_losses --hardware 8xH100`: 1.3 for the answers at
 most, 0.11 to pretrain, under 0.01 for each of five fine-tunings, 0.09 to evaluate; storage 77 GB, 43 of them logits.
 
 The draft pretrained on 5 B tokens, fine-tuned on what the target answers to OIG-small-chip2 at T 0.6, with

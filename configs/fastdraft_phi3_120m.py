@@ -2,7 +2,7 @@
 
     jaxdraft run fastdraft_phi3_120m --workdir runs/phi3-120m
 
-What it takes: 23 hours on eight H100, by `jaxdraft plan fastdraft_phi3_120m --hardware 8xH100`: 22 for instructions
+What it takes: 12 hours on eight H100, by `jaxdraft plan fastdraft_phi3_120m --hardware 8xH100`: 11 for instructions
 and answers at most, 0.34 to pretrain, 0.51 to go on, 0.046 to fine-tune, 0.08 to evaluate; storage 106 GB. With
 `--only text pretrain-0` it is 0.34 and 29 GB: the paper's own part, measured in `fastdraft_data_size`.
 

@@ -131,7 +131,7 @@ def test_a_tasks_own_limits_count():
 def test_a_batch_that_cannot_lie_on_a_chip_is_said():
     plans, _ = planned(DIRECT, Hardware("v5e", 8), "responses.batch_size=1024")
     assert any("lower batch_size" in note for note in plans["responses"].notes)
-    plans, _ = planned(DIRECT, Hardware("v5e", 8))
+    plans, _ = planned(DIRECT, Hardware("v5e", 8), "responses.batch_size=64")
     assert not any("lower batch_size" in note for note in plans["responses"].notes)
 
 
