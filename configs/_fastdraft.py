@@ -101,10 +101,17 @@ SMALL = Size(
     billion=1e5,
     text=small.TEXT,
     code=small.CODE,
-    oig=(small.instructions(384),),
-    alignment=(small.instructions(384),),
+    oig=small.PROMPTS,
+    alignment=small.PROMPTS,
     magpie=0,
-    originals=Prepare("originals", sources=(PythonLibrary("instructions", split="seed"),), length=small.LENGTH),
+    originals=Prepare(
+        "originals",
+        sources=(
+            PythonLibrary("instructions", split="seed"),
+            *(PythonLibrary(part, split="seed") for part in small.PASSAGES),
+        ),
+        length=small.LENGTH,
+    ),
     perplexity=PythonLibrary("text", split="eval"),
     tasks={
         "cnn-dailymail": small.task("summary"),
@@ -115,10 +122,10 @@ SMALL = Size(
     length=small.LENGTH,
     answer=small.ANSWER,
     generate_batch=64,
-    batch_size=12,
-    learning_rate=4e-3,
-    finetune_steps=150,
-    align_steps=200,
+    batch_size=4,
+    learning_rate=2e-3,
+    finetune_steps=400,
+    align_steps=600,
 )
 
 

@@ -120,11 +120,11 @@ FULL = Size(
 )
 SMALL = Size(
     target=small.TARGET,
-    draft=small.LARGE,
+    draft=small.SMALL,
     seeds=3,
-    text=(*small.TEXT, *small.CODE),
+    text=small.CORPUS,
     tokens=None,
-    prompts=(small.instructions(384),),
+    prompts=small.PROMPTS,
     system_prompts=(),
     probe=(small.task("all", limit=24).prompts,),
     tasks={
@@ -137,20 +137,20 @@ SMALL = Size(
     answer=small.ANSWER,
     generate_batch=64,
     pretrain={
-        "steps": 900,
-        "batch_size": 16,
-        "learning_rate": 4e-3,
-        "final_learning_rate": 4e-5,
-        "warmup_steps": 50,
-        "save_every": 300,
-    },
-    distill={
-        "steps": 200,
-        "batch_size": 20,
+        "steps": 5000,
+        "batch_size": 4,
         "learning_rate": 2e-3,
         "final_learning_rate": 2e-5,
+        "warmup_steps": 100,
+        "save_every": 1000,
+    },
+    distill={
+        "steps": 400,
+        "batch_size": 10,
+        "learning_rate": 1e-3,
+        "final_learning_rate": 1e-5,
         "warmup_steps": 20,
-        "keep_every": 50,
+        "keep_every": 100,
     },
     evaluate={"repeats": 1},
 )
