@@ -22,27 +22,28 @@ class Ground(NamedTuple):
     tasks: tuple[Task, ...]
 
 
-def ground(text: Text | None, limit: int = 24) -> Ground:
+def ground(text: str | None, limit: int = 24) -> Ground:
     """Python's library and questions about it; or a text, which is pretrained on, gone on with and held out by passage.
 
     Args:
-      text: None for Python's library.
+      text: path; None for Python's library.
       limit: prompts of each task.
     """
     if text is None:
         tasks = tuple(small.task(kind, limit=limit) for kind in ("open", "summary", "code"))
         return Ground((*small.TEXT, *small.CODE), (small.instructions(256),), tasks)
-    held_out = Beginnings(Passages(text, split="eval"), limit=limit)
+    source = Text(text)
+    held_out = Beginnings(Passages(source, split="eval"), limit=limit)
     return Ground(
-        (Passages(text),),
-        (Beginnings(Passages(text, split="seed"), limit=256),),
+        (Passages(source),),
+        (Beginnings(Passages(source, split="seed"), limit=256),),
         (Task("continue", held_out, max_new_tokens=small.ANSWER),),
     )
 
 
 def rows(sources: Sequence) -> Prepare:
-    """What drafts are pretrained on, "text"."""
-    return Prepare("text", sources=tuple(sources), length=small.LENGTH, tokens=2e6)
+    """What drafts are pretrained on, "corpus"."""
+    return Prepare("corpus", sources=tuple(sources), length=small.LENGTH, tokens=2e6)
 
 
 def answers(name: str, prompts: tuple, temperatures: tuple[float, ...] = (0.0, 0.7)) -> Generate:

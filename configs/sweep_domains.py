@@ -56,7 +56,7 @@ def recipe(
         start = f"pretrain-{seed}"
         mixed = {"responses": 0.75, "translations": 0.25}
         drafts += [
-            sweep.train(start, data="text", loss=CrossEntropy(), steps=pretrain_steps, seed=seed),
+            sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, seed=seed),
             sweep.distil(f"python-{seed}", "responses", distil_steps, init=start, seed=seed),
             sweep.distil(f"languages-{seed}", mixed, distil_steps, init=start, seed=seed),
         ]

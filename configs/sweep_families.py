@@ -2,7 +2,7 @@
 
     jaxdraft run sweep_families --workdir runs/families
     jaxdraft run sweep_families --workdir runs/families-characters --set hidden_size=48 \\
-        --set target.path=FOLDER/babyllama-tok361-hf --set text.path=TEXT.txt
+        --set target.path=FOLDER/babyllama-tok361-hf --set text=TEXT.txt
 
 It asks whether the framework (arXiv 2403.00858) carries over from Llama 2 to other families, and whether a draft should
 be of its target's. Families of decoders differ in little: Llama 2 has as many key/value heads as query heads; Mistral
@@ -20,7 +20,6 @@ RESULT
 import _python as small
 import _sweep as sweep
 
-from jaxdraft.data.sources import Text
 from jaxdraft.losses import CrossEntropy
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
@@ -44,7 +43,7 @@ def shapes(hidden_size: int) -> dict[str, ModelConfig]:
 def recipe(
     *,
     target: HFModel = small.TARGET,
-    text: Text | None = None,
+    text: str | None = None,
     hidden_size: int = 128,
     pretrain_steps: int = 150,
     distil_steps: int = 80,
@@ -56,7 +55,7 @@ def recipe(
         for family, shape in families.items():
             start = f"pretrain-{family}-{seed}"
             drafts += [
-                sweep.train(start, data="text", loss=CrossEntropy(), steps=pretrain_steps, model=shape, seed=seed),
+                sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, model=shape, seed=seed),
                 sweep.distil(f"{family}-{seed}", "responses", distil_steps, init=start, model=shape, seed=seed),
             ]
     return Recipe(

@@ -1,7 +1,7 @@
 """Drafts from 1 to 20 % of the target: which size is fastest? Open question 3 of Direct Alignment (arXiv 2403.00858).
 
     jaxdraft run sweep_sizes --workdir runs/sizes
-    jaxdraft run sweep_sizes --workdir runs/sizes --set target.path=FOLDER --set text.path=TEXT.txt
+    jaxdraft run sweep_sizes --workdir runs/sizes --set target.path=FOLDER --set text=TEXT.txt
 
 A larger draft agrees with its target more often, so block efficiency τ grows with c, the draft's share of the target's
 parameters; each of its γ runs in a block takes longer as well. If time goes by parameters the speed-up is MBSU,
@@ -16,7 +16,6 @@ RESULT
 import _python as small
 import _sweep as sweep
 
-from jaxdraft.data.sources import Text
 from jaxdraft.losses import CrossEntropy
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
@@ -37,7 +36,7 @@ def shape(hidden_size: int, layers: int) -> ModelConfig:
 def recipe(
     *,
     target: HFModel = small.TARGET,
-    text: Text | None = None,
+    text: str | None = None,
     pretrain_steps: int = 120,
     distil_steps: int = 60,
     seeds: int = 3,
@@ -49,7 +48,7 @@ def recipe(
             name, model = "h{}l{}".format(*size), shape(*size)
             start = f"pretrain-{name}-{seed}"
             drafts += [
-                sweep.train(start, data="text", loss=CrossEntropy(), steps=pretrain_steps, model=model, seed=seed),
+                sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, model=model, seed=seed),
                 sweep.distil(f"{name}-{seed}", "responses", distil_steps, init=start, model=model, seed=seed),
             ]
     return Recipe(
