@@ -17,6 +17,14 @@ TARGET = ModelConfig(
 def recipe(*, steps: int = 4000):
     return Recipe(
         title="A small target that knows Python's library",
+        description=(
+            "A language model that has read one thing, Python's standard library: its documentation, its code, and "
+            "instructions made from them (describe a function, write a function's body, sum up a module or class in a "
+            "line). It is small enough to be trained and run on two CPU cores, and is there for drafts to be made, "
+            "measured and tested with. It writes what looks like Python and its documentation. Much of that is wrong, "
+            "it knows nothing else, it was not aligned in any way and is no assistant. "
+            "Made by `jaxdraft run python_target`."
+        ),
         tokenizer="tokenizer",
         target="target",
         draft=TARGET,

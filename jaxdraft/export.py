@@ -45,6 +45,8 @@ def export_stage(
 ) -> list[Path]:
     """Exports the model of a finished Train stage and returns the files written.
 
+    The recipe's own target gets a target's model card, which opens with the recipe's description.
+
     Args:
       run: the run directory.
       stage: name of the Train stage.
@@ -75,11 +77,20 @@ def export_stage(
     target = recipe["target"]
     folder = run / stage / MODEL
     with damaged(record):
+        settings = made["settings"]
+        if target == stage:
+            run_by = read_json(run / "run.json", fields={"git": object, "python": str})
+            own = {
+                "run by": f"jaxdraft at revision {run_by['git']}, Python {run_by['python']}",
+                "trained": f"{settings['steps']} steps of {settings['batch_size']} rows",
+            }
+        else:
+            own = {"target": target if isinstance(target, str) else Path(target["path"]).name}
         provenance = {
             "recipe": recipe["title"],
-            "target": target if isinstance(target, str) else Path(target["path"]).name,
+            **own,
             "stage": stage,
-            "loss": made["settings"]["loss"]["type"],
+            "loss": settings["loss"]["type"],
             "seed": made["seed"],
             "settings and data (sha256)": made["fingerprint"],
             "tokenizer (sha256)": load_tokenizer(folder).fingerprint(),
@@ -96,6 +107,7 @@ def export_stage(
         provenance=provenance,
         evaluations=evaluations,
         vocabulary=vocabulary,
+        description=recipe.get("description", "") if target == stage else None,
     )
 
 
@@ -174,12 +186,13 @@ def export_model(
     provenance: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, Any]] = (),
     vocabulary: str = "full",
+    description: str | None = None,
 ) -> list[Path]:
     """Writes a Hugging Face folder, byte-identical whenever its inputs are, and returns its files.
 
     Args:
       folder: made if it does not exist.
-      config: the draft's shape.
+      config: the model's shape.
       params: with stacked layers.
       tokenizer_folder: whose tokenizer files are copied byte for byte; engines compare them with the target's.
       dtype: of the stored weights.
@@ -189,6 +202,7 @@ def export_model(
       vocabulary: ``"full"`` is plain weights: rows outside a draft vocabulary propose too, as they learned to before it
         was chosen, so a draft that was never trained on all tokens gets worse; ``"draft"`` the draft vocabulary's rows
         of the head, and the map ``d2t``.
+      description: of a target, for its model card; ``None`` says that this is a draft.
 
     Raises:
       ConfigError: the folder holds a model of another origin, there is no draft vocabulary to be exported with, or a
@@ -206,20 +220,20 @@ def export_model(
         folder.mkdir(parents=True, exist_ok=True)
         # First of all, and at once: it marks the folder as one that an export may write to again.
         card = folder / f"{CARD}.tmp"
-        card.write_text(_card(config, dtype, block_size, provenance, evaluations))
+        card.write_text(_card(config, dtype, block_size, provenance, evaluations, description))
         commit(card, folder / CARD)
         weights = save_model(folder, config, params, dtype=jnp.dtype(dtype), narrow_head=True)
         for stale in tokenizer_files(folder):
             stale.unlink()
         copied = [Path(shutil.copyfile(file, folder / file.name)) for file in tokenizer_files(tokenizer_folder)]
-        # Assisted generation reads the draft's own file; its defaults are 20 tokens and a stop below confidence 0.4.
-        generation = {
-            "bos_token_id": config.bos_id,
-            "eos_token_id": eos_json(config),
-            "num_assistant_tokens": block_size,
-            "num_assistant_tokens_schedule": "constant",
-            "assistant_confidence_threshold": 0.0,
-        }
+        generation: dict[str, Any] = {"bos_token_id": config.bos_id, "eos_token_id": eos_json(config)}
+        if description is None:
+            # Assisted generation reads the draft's own file; its defaults are 20 tokens, a stop below confidence 0.4.
+            generation |= {
+                "num_assistant_tokens": block_size,
+                "num_assistant_tokens_schedule": "constant",
+                "assistant_confidence_threshold": 0.0,
+            }
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         _check_readable(folder, config, params, dtype)
         return [*weights, folder / "generation_config.json", folder / CARD, *copied]
@@ -245,25 +259,58 @@ def _check_readable(folder: Path, config: ModelConfig, params: Params, dtype: st
             raise OSError(f"{folder}: {jax.tree_util.keystr(path)} does not read back as it was written")
 
 
-def _card(config, dtype, block_size, provenance, evaluations) -> str:
+def _card(config, dtype, block_size, provenance, evaluations, description) -> str:
     proposed = "" if config.head_ids is None else f" ({len(config.head_ids)} of it proposed)"
     versions = f"jaxdraft {__version__}, jax {jax.__version__}"
+    is_draft = description is None
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [speculative-decoding, draft-model, jaxdraft]",
+        f"tags: [speculative-decoding, {'draft-model, ' if is_draft else ''}jaxdraft]",
         "---",
-        f"# A draft model of {config.num_parameters:,} parameters",
+        f"# A {'draft' if is_draft else 'target'} model of {config.num_parameters:,} parameters",
         "",
-        f"{_MADE}. {config.num_layers} layers, hidden size {config.hidden_size}, "
-        f"vocabulary {config.vocabulary}{proposed}, weights in {dtype}.",
+        f"{_MADE}{'' if is_draft else ', to be sped up by a draft'}. {config.num_layers} layers, "
+        f"hidden size {config.hidden_size}, vocabulary {config.vocabulary}{proposed}, weights in {dtype}.",
         "",
+        *([description, ""] if description else []),
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in {**provenance, "made with": versions}.items()),
         "",
         "## Use",
         "",
+        *(_draft_use(block_size) if is_draft else _TARGET_USE),
+    ]
+    if evaluations:
+        lines += [
+            "",
+            "## Measured",
+            "",
+            "| task | decoded | block size | block efficiency | 95 % interval | MBSU |",
+            "|---|---|---|---|---|---|",
+        ]
+        for run in evaluations:
+            low, high = run["block_efficiency_ci95"]
+            lines.append(
+                f"| {run['task']} | {decoding(run)} | {run['block_size']} | {run['block_efficiency']:.3f} | "
+                f"{low:.3f} – {high:.3f} | {run['mbsu']:.3f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+_TARGET_USE = (
+    "```sh",
+    "jaxdraft sample --target THIS_FOLDER --prompt TEXT",
+    "jaxdraft evaluate --target THIS_FOLDER --draft DRAFT --prompts prompts.jsonl --out results",
+    "```",
+    "",
+    'A recipe of `jaxdraft run` makes drafts for it with `target=HFModel("THIS_FOLDER")`.',
+)
+
+
+def _draft_use(block_size: int) -> list[str]:
+    return [
         "```python",
         "target.generate(**inputs, assistant_model=draft)  # transformers, batch size 1",
         "# OpenVINO; greedily: sampling with a draft fails in 2026.4 (openvinotoolkit/openvino.genai#4190)",
@@ -285,18 +332,3 @@ def _card(config, dtype, block_size, provenance, evaluations) -> str:
         "llama.cpp proposes the draft's most likely tokens also where the target samples, and so does vLLM without "
         '`"draft_sample_method": "probabilistic"`: fewer are then accepted than by rejection sampling.',
     ]
-    if evaluations:
-        lines += [
-            "",
-            "## Measured",
-            "",
-            "| task | decoded | block size | block efficiency | 95 % interval | MBSU |",
-            "|---|---|---|---|---|---|",
-        ]
-        for run in evaluations:
-            low, high = run["block_efficiency_ci95"]
-            lines.append(
-                f"| {run['task']} | {decoding(run)} | {run['block_size']} | {run['block_efficiency']:.3f} | "
-                f"{low:.3f} – {high:.3f} | {run['mbsu']:.3f} |"
-            )
-    return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -435,6 +436,21 @@ def test_an_export_holds_the_trained_weights_and_the_targets_tokenizer(tiny_run,
         assert file.read_bytes() == (tiny_run / "export" / file.name).read_bytes()
     with pytest.raises(ConfigError, match=r"no finished Train stage 'corpus'; it has: distill, pretrain, target"):
         export_stage(tiny_run, "corpus", tmp_path / "no")
+
+
+def test_an_export_of_the_recipes_target_says_that_it_is_one(copy):
+    settings = ["export.draft=target", "export.evaluation=none", "description=It knows little."]
+    run(load_recipe(TINY, settings), copy, only=["export"])
+    folder = copy / "export"
+    card = (folder / "README.md").read_text()
+    assert re.search(r"^# A target model of [\d,]+ parameters$", card, re.MULTILINE)
+    assert "\nIt knows little.\n" in card
+    assert "| trained | 6 steps of 8 rows |" in card
+    assert "| licences of the data | PSF-2.0 |" in card
+    assert f"jaxdraft at revision {json.loads((copy / 'run.json').read_text())['git']}, Python 3." in card
+    assert not re.search(r"draft-model|A draft|assistant_model|^\| target \|", card, re.MULTILINE)
+    assert not any(str(copy).encode() in file.read_bytes() for file in folder.iterdir())
+    assert "num_assistant_tokens" not in json.loads((folder / "generation_config.json").read_text())
 
 
 def test_the_command_line_evaluates_and_samples_the_export(tiny_run, tmp_path, capsys):
