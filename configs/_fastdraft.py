@@ -1,7 +1,7 @@
 """What the recipes of FastDraft (arXiv 2411.11055) have in common: two sizes, and stages that count in its billions.
 
 A size says what everything runs on. ``billion`` is how many tokens are trained on where the paper says a billion: 1e9,
-or 1e5 where ``scale=small``. Batches, rates, warm-up and decay are its A.3's (small: a larger rate for smaller drafts).
+or 3e5 where ``scale=small``. Batches, rates, warm-up and decay are its A.3's (small: a larger rate for smaller drafts).
 """
 
 from dataclasses import replace
@@ -98,7 +98,7 @@ SMALL = Size(
     target=small.TARGET,
     drafts={"50M": small.SMALL, "120M": small.LARGE, "150M": small.LARGE},
     seeds=3,
-    billion=1e5,
+    billion=3e5,
     text=small.TEXT,
     code=small.CODE,
     oig=small.PROMPTS,

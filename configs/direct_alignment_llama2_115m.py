@@ -145,7 +145,7 @@ SMALL = Size(
         "save_every": 1000,
     },
     distill={
-        "steps": 400,
+        "steps": 250,
         "batch_size": 10,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-5,

@@ -21,7 +21,7 @@ of FineWeb's sample of 10 B, and the 2.5 B are among the 5 B pretrained on. Deca
 gradients are clipped at 1. It trained in float16, this computes in bfloat16 on accelerators. The code's files come from
 Software Heritage's bucket (`EXTRAS=s3`, their agreement, AWS credentials).
 
-Small: the target, text, code and questions of `configs/_python.py`, three seeds; 1e5 tokens for each of its billions.
+Small: the target, text, code and questions of `configs/_python.py`, three seeds; 3e5 tokens for each of its billions.
 """
 
 import _fastdraft as fd
