@@ -20,7 +20,6 @@ RESULT
 import _python as small
 import _sweep as sweep
 
-from jaxdraft.losses import CrossEntropy
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
 
@@ -44,10 +43,10 @@ def recipe(
     *,
     target: HFModel = small.TARGET,
     text: str | None = None,
-    hidden_size: int = 128,
-    pretrain_steps: int = 150,
-    distil_steps: int = 80,
-    seeds: int = 3,
+    hidden_size: int = 96,
+    pretrain_steps: int = 1000,
+    distil_steps: int = 400,
+    seeds: int = 2,
 ):
     ground, families = sweep.ground(text), shapes(hidden_size)
     drafts: list[Train] = []
@@ -55,7 +54,7 @@ def recipe(
         for family, shape in families.items():
             start = f"pretrain-{family}-{seed}"
             drafts += [
-                sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, model=shape, seed=seed),
+                sweep.pretrain(start, pretrain_steps, model=shape, seed=seed),
                 sweep.distil(f"{family}-{seed}", "responses", distil_steps, init=start, model=shape, seed=seed),
             ]
     return Recipe(
@@ -71,7 +70,7 @@ def recipe(
                 "evaluate",
                 drafts=tuple(draft.name for draft in drafts if draft.init != "random"),
                 tasks=ground.tasks,
-                block_sizes=(3, 5),
+                block_sizes=(3,),
                 batch_sizes=(8,),
                 repeats=1,
                 predict_up_to=0,
