@@ -7,8 +7,8 @@ A larger draft agrees with its target more often, so block efficiency τ grows w
 parameters; each of its γ runs in a block takes longer as well. If time goes by parameters the speed-up is MBSU,
 τ / (c γ + 1); on a machine it is τ over the latencies that are measured there (FastDraft, arXiv 2411.11055, Eq. 2), of
 which even the smallest draft has one. All sizes are pretrained and distilled alike (TVD++, stored targets), ``seeds``
-times, and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up at each draft's
-best γ, and the report a figure of them with the optimum. Run it with nothing else on the machine.
+times (twice, for time), and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up
+at each draft's best γ, and the report a figure of them with the optimum. Run it with nothing else on the machine.
 
 RESULT
 """
