@@ -11,7 +11,7 @@ base; Phi-3 is Llama with a window, its projections fused in files only. What gr
 Encoders and encoder-decoders (BERT, T5) do not write token by token as targets of speculative decoding do.
 
 Each is pretrained, distilled with TVD++ from stored targets and measured, ``seeds`` times (twice, for time). The second
-command does it for a target that reads characters, of 361 tokens: there a token says less, and more of them are accepted.
+command does it for a target that reads characters, of 361 tokens: there a token says less, and more are accepted.
 ``report/comparison.csv`` is the table: seeds pooled.
 
 RESULT
