@@ -8,10 +8,8 @@ import _python as small
 from jaxdraft.data.passages import Beginnings, Passages
 from jaxdraft.data.sources import Text
 from jaxdraft.evaluate.tasks import Task
-from jaxdraft.losses import TVDPlusPlus
+from jaxdraft.losses import CrossEntropy, Loss, TVDPlusPlus
 from jaxdraft.recipe import Generate, Prepare, TopK, Train
-
-BATCH_SIZE = 12
 
 
 class Ground(NamedTuple):
@@ -31,7 +29,7 @@ def ground(text: str | None, limit: int = 24) -> Ground:
     """
     if text is None:
         tasks = tuple(small.task(kind, limit=limit) for kind in ("open", "summary", "code"))
-        return Ground((*small.TEXT, *small.CODE), (small.instructions(256),), tasks)
+        return Ground(small.CORPUS, small.PROMPTS, tasks)
     source = Text(text)
     held_out = Beginnings(Passages(source, split="eval"), limit=limit)
     return Ground(
@@ -43,7 +41,7 @@ def ground(text: str | None, limit: int = 24) -> Ground:
 
 def rows(sources: Sequence) -> Prepare:
     """What drafts are pretrained on, "corpus"."""
-    return Prepare("corpus", sources=tuple(sources), length=small.LENGTH, tokens=2e6)
+    return Prepare("corpus", sources=tuple(sources), length=small.LENGTH)
 
 
 def answers(name: str, prompts: tuple, temperatures: tuple[float, ...] = (0.0, 0.7)) -> Generate:
@@ -59,19 +57,25 @@ def answers(name: str, prompts: tuple, temperatures: tuple[float, ...] = (0.0, 0
     )
 
 
+def pretrain(name: str, steps: int, **settings) -> Train:
+    return _train(name, "corpus", CrossEntropy(), steps, batch_size=4, learning_rate=2e-3, **settings)
+
+
 def distil(name: str, data: str | dict[str, float], steps: int, **settings) -> Train:
     """TVD++ from stored targets."""
-    return train(
-        name, data=data, loss=TVDPlusPlus(), steps=steps, target_logits="stored", learning_rate=2e-3, **settings
+    return _train(
+        name, data, TVDPlusPlus(), steps, batch_size=10, learning_rate=1e-3, target_logits="stored", **settings
     )
 
 
-def train(name: str, *, steps: int, learning_rate: float = 4e-3, **settings) -> Train:
-    """A draft, in small batches and without probes."""
+def _train(
+    name: str, data: str | dict[str, float], loss: Loss, steps: int, *, learning_rate: float, **settings
+) -> Train:
     return Train(
         name,
+        data=data,
+        loss=loss,
         steps=steps,
-        batch_size=BATCH_SIZE,
         learning_rate=learning_rate,
         final_learning_rate=0.1 * learning_rate,
         warmup_steps=max(steps // 20, 1),

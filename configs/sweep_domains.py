@@ -22,7 +22,6 @@ import _sweep as sweep
 
 from jaxdraft.data.prompts import PromptList
 from jaxdraft.evaluate.tasks import Task
-from jaxdraft.losses import CrossEntropy
 from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
 
 FILES = {"german": "translate", "french": "french", "spanish": "spanish", "italian": "italian"}
@@ -46,17 +45,17 @@ def numbers() -> PromptList:
 def recipe(
     *,
     target: HFModel = small.TARGET,
-    pretrain_steps: int = 300,
-    distil_steps: int = 120,
+    pretrain_steps: int = 1500,
+    distil_steps: int = 400,
     seeds: int = 3,
 ):
     ground = sweep.ground(None)
     drafts: list[Train] = []
     for seed in range(seeds):
         start = f"pretrain-{seed}"
-        mixed = {"responses": 0.75, "translations": 0.25}
+        mixed = {"responses": 0.8, "translations": 0.2}
         drafts += [
-            sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, seed=seed),
+            sweep.pretrain(start, pretrain_steps, seed=seed),
             sweep.distil(f"python-{seed}", "responses", distil_steps, init=start, seed=seed),
             sweep.distil(f"languages-{seed}", mixed, distil_steps, init=start, seed=seed),
         ]
@@ -66,7 +65,7 @@ def recipe(
         title="A draft off its domain",
         description="Distilled on Python alone, or on other languages too; measured on both.",
         target=target,
-        draft=small.LARGE,
+        draft=small.SMALL,
         stages=(
             sweep.rows(ground.text),
             sweep.answers("responses", ground.prompts),

@@ -7,8 +7,8 @@ A larger draft agrees with its target more often, so block efficiency τ grows w
 parameters; each of its γ runs in a block takes longer as well. If time goes by parameters the speed-up is MBSU,
 τ / (c γ + 1); on a machine it is τ over the latencies that are measured there (FastDraft, arXiv 2411.11055, Eq. 2), of
 which even the smallest draft has one. All sizes are pretrained and distilled alike (TVD++, stored targets), ``seeds``
-times, and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up at each draft's
-best γ, and the report a figure of them with the optimum. Run it with nothing else on the machine.
+times (twice, for time), and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up
+at each draft's best γ, and the report a figure of them with the optimum. Run it with nothing else on the machine.
 
 RESULT
 """
@@ -16,11 +16,10 @@ RESULT
 import _python as small
 import _sweep as sweep
 
-from jaxdraft.losses import CrossEntropy
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
 
-SIZES = ((32, 1), (64, 1), (96, 1), (128, 1), (192, 1), (192, 2))  # width and layers: 1.5 to 24 % of the small target
+SIZES = ((32, 1), (64, 1), (96, 1), (128, 1), (192, 1))  # width and layers, from 1.5 % of the small target up
 
 
 def shape(hidden_size: int, layers: int) -> ModelConfig:
@@ -37,9 +36,9 @@ def recipe(
     *,
     target: HFModel = small.TARGET,
     text: str | None = None,
-    pretrain_steps: int = 120,
-    distil_steps: int = 60,
-    seeds: int = 3,
+    pretrain_steps: int = 800,
+    distil_steps: int = 250,
+    seeds: int = 2,
 ):
     ground = sweep.ground(text, limit=12)
     drafts: list[Train] = []
@@ -48,7 +47,7 @@ def recipe(
             name, model = "h{}l{}".format(*size), shape(*size)
             start = f"pretrain-{name}-{seed}"
             drafts += [
-                sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, model=model, seed=seed),
+                sweep.pretrain(start, pretrain_steps, model=model, seed=seed),
                 sweep.distil(f"{name}-{seed}", "responses", distil_steps, init=start, model=model, seed=seed),
             ]
     return Recipe(

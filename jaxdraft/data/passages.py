@@ -69,18 +69,20 @@ class Beginnings:
         """Raises ConfigError where no passage of the split is long enough."""
 
         def each() -> Iterator[Prompt | Rejected]:
-            number = 0
+            seen: set[str] = set()
             for passage in self.passages.documents():
                 if isinstance(passage, Rejected):
                     yield passage
                     continue
-                name = f"{self.passages.split}:{number}"
-                number += 1
+                name = f"{self.passages.split}:{hashlib.sha256(passage.encode()).hexdigest()[:16]}"
                 ids = tokenizer.encode(passage)
-                if len(ids) > self.tokens:
+                if name in seen:
+                    yield Rejected(name, "duplicate")
+                elif len(ids) > self.tokens:
                     yield _cut(name, ids, self.tokens, tokenizer)
                 else:
                     yield Rejected(name, f"no more than {self.tokens} tokens")
+                seen.add(name)
 
         found = False
         for item in first(each(), self.limit):
