@@ -23,7 +23,7 @@ def section(run: Path) -> str:
     if unfinished:
         raise SystemExit(f"{run}: {', '.join(unfinished)} not done: run its recipe again")
     minutes = sum(stage["seconds"] for stage in stages) / 60
-    seeds = sorted({stage["seed"] for stage in stages if stage["kind"] == "Train"})
+    seeds = sorted(set(record["stage_seeds"].values()))
     settings = " ".join(re.sub(r".*/", "", word) if "/" in word else word for word in record["command"][1:])
     settings = settings.replace(f"--workdir {run.name}", f"--workdir runs/{run.name}")
     packages = f"Python {record['python']}, jax {record['packages']['jax']}"

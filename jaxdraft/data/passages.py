@@ -69,20 +69,18 @@ class Beginnings:
         """Raises ConfigError where no passage of the split is long enough."""
 
         def each() -> Iterator[Prompt | Rejected]:
-            seen: set[str] = set()
+            number = 0
             for passage in self.passages.documents():
                 if isinstance(passage, Rejected):
                     yield passage
                     continue
-                name = f"{self.passages.split}:{hashlib.sha256(passage.encode()).hexdigest()[:16]}"
+                name = f"{self.passages.split}:{number}"
+                number += 1
                 ids = tokenizer.encode(passage)
-                if name in seen:
-                    yield Rejected(name, "duplicate")
-                elif len(ids) > self.tokens:
+                if len(ids) > self.tokens:
                     yield _cut(name, ids, self.tokens, tokenizer)
                 else:
                     yield Rejected(name, f"no more than {self.tokens} tokens")
-                seen.add(name)
 
         found = False
         for item in first(each(), self.limit):

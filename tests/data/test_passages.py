@@ -61,17 +61,7 @@ def test_what_the_text_rejects_passes_through(tmp_path, tokenizer):
         Rejected(f"{tmp_path}/text.jsonl: line {2 * i} (it has )", "no field 'text'") for i in range(1, 41)
     ]
     prompts = [item for item in Beginnings(passages, tokens=2).prompts(tokenizer) if isinstance(item, Prompt)]
-    assert len(prompts) == len(documents) - 40
-
-
-def test_beginnings_of_two_texts_share_no_id_and_a_repeated_passage_is_asked_once(tmp_path, tokenizer):
-    def prompts(name, *lines):
-        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
-        return list(Beginnings(Passages(Text(str(tmp_path / name)), "all", 5), tokens=2).prompts(tokenizer))
-
-    one, two = prompts("one.txt", "The first.", "The second."), prompts("two.txt", "The third.", "The third.")
-    assert len({prompt.id for prompt in (*one, two[0])}) == 3
-    assert two[1] == Rejected(two[0].id, "duplicate")
+    assert [prompt.id for prompt in prompts] == [f"seed:{i}" for i in range(len(documents) - 40)]
 
 
 def test_a_wrong_split_is_named(text):
