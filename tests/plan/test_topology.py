@@ -1,7 +1,7 @@
 """A full-size step compiled by the TPU compiler, against what it took before.
 
 After a change that is meant, write the golden file anew from ``programs[0]`` of
-``jaxdraft plan tests/plan/recipes/direct_alignment.py --topology v5e:2x4 --only distill --json FILE``.
+``jaxdraft plan direct_alignment_llama2_115m --topology v5e:2x4 --only tvdpp-0 --json FILE``.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from jaxdraft.plan.compiled import Memory
 from jaxdraft.plan.hardware import CHIPS
 
 HERE = Path(__file__).parent
-GOLDEN = HERE / "golden" / "direct_alignment-distill-v5e-2x4.json"
+GOLDEN = HERE / "golden" / "direct_alignment-tvdpp-v5e-2x4.json"
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu"
 )
@@ -27,8 +27,8 @@ needs_compiler = pytest.mark.skipif(
 @needs_compiler
 def test_distillation_from_llama_2_7b_on_eight_v5e(tmp_path):
     out = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "jaxdraft.cli", "plan", str(HERE / "recipes" / "direct_alignment.py")]
-    command += ["--topology", "v5e:2x4", "--only", "distill", "--json", str(out)]
+    command = [sys.executable, "-m", "jaxdraft.cli", "plan", "direct_alignment_llama2_115m"]
+    command += ["--topology", "v5e:2x4", "--only", "tvdpp-0", "--json", str(out)]
     env = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
     assert run.returncode == 0, run.stderr

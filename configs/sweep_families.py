@@ -1,0 +1,80 @@
+"""Drafts of four families' shapes, with equally many parameters, for one target: open question 2 of Direct Alignment.
+
+    jaxdraft run sweep_families --workdir runs/families
+    jaxdraft run sweep_families --workdir runs/families-characters --set hidden_size=48 \\
+        --set target.path=FOLDER/babyllama-tok361-hf --set text=TEXT.txt
+
+It asks whether the framework (arXiv 2403.00858) carries over from Llama 2 to other families, and whether a draft should
+be of its target's. Families of decoders differ in little: Llama 2 has as many key/value heads as query heads; Mistral
+half of them here, and a sliding window; Qwen2 so many too, with biases on queries, keys and values and a larger rotary
+base; Phi-3 is Llama with a window, its projections fused in files only. What grouped queries save, a wider MLP takes.
+Encoders and encoder-decoders (BERT, T5) do not write token by token as targets of speculative decoding do.
+
+Each is pretrained, distilled with TVD++ from stored targets and measured, ``seeds`` times. The second command does it
+for a target that reads characters, of 361 tokens: there a token says less, and more of them are accepted.
+``report/comparison.csv`` is the table: seeds pooled.
+
+RESULT
+"""
+
+import _python as small
+import _sweep as sweep
+
+from jaxdraft.losses import CrossEntropy
+from jaxdraft.models import ModelConfig
+from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
+
+WINDOW = 64  # tokens, a third of a row
+
+
+def shapes(hidden_size: int) -> dict[str, ModelConfig]:
+    """One layer each; half the key/value heads are a sixth of the width of the MLP."""
+    all_heads = {"intermediate_size": 5 * hidden_size // 2, "num_kv_heads": 2}
+    grouped = {"intermediate_size": 17 * hidden_size // 6, "num_kv_heads": 1}
+    common = {"hidden_size": hidden_size, "num_layers": 1, "num_heads": 2}
+    return {
+        "llama": ModelConfig(**common, **all_heads),
+        "phi3": ModelConfig(**common, **all_heads, family="phi3", sliding_window=WINDOW),
+        "mistral": ModelConfig(**common, **grouped, family="mistral", sliding_window=WINDOW),
+        "qwen2": ModelConfig(**common, **grouped, family="qwen2", qkv_bias=True, rope_theta=1e6),
+    }
+
+
+def recipe(
+    *,
+    target: HFModel = small.TARGET,
+    text: str | None = None,
+    hidden_size: int = 128,
+    pretrain_steps: int = 150,
+    distil_steps: int = 80,
+    seeds: int = 3,
+):
+    ground, families = sweep.ground(text), shapes(hidden_size)
+    drafts: list[Train] = []
+    for seed in range(seeds):
+        for family, shape in families.items():
+            start = f"pretrain-{family}-{seed}"
+            drafts += [
+                sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, model=shape, seed=seed),
+                sweep.distil(f"{family}-{seed}", "responses", distil_steps, init=start, model=shape, seed=seed),
+            ]
+    return Recipe(
+        title="Does the family of a draft matter?",
+        description="Drafts of four families' shapes and of equally many parameters, pretrained and distilled alike.",
+        target=target,
+        draft=families["llama"],
+        stages=(
+            sweep.rows(ground.text),
+            sweep.answers("responses", ground.prompts),
+            *drafts,
+            Evaluate(
+                "evaluate",
+                drafts=tuple(draft.name for draft in drafts if draft.init != "random"),
+                tasks=ground.tasks,
+                block_sizes=(3, 5),
+                batch_sizes=(8,),
+                repeats=1,
+                predict_up_to=0,
+            ),
+        ),
+    )

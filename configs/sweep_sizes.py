@@ -1,0 +1,71 @@
+"""Drafts from 1 to 20 % of the target: which size is fastest? Open question 3 of Direct Alignment (arXiv 2403.00858).
+
+    jaxdraft run sweep_sizes --workdir runs/sizes
+    jaxdraft run sweep_sizes --workdir runs/sizes --set target.path=FOLDER --set text=TEXT.txt
+
+A larger draft agrees with its target more often, so block efficiency τ grows with c, the draft's share of the target's
+parameters; each of its γ runs in a block takes longer as well. If time goes by parameters the speed-up is MBSU,
+τ / (c γ + 1); on a machine it is τ over the latencies that are measured there (FastDraft, arXiv 2411.11055, Eq. 2), of
+which even the smallest draft has one. All sizes are pretrained and distilled alike (TVD++, stored targets), ``seeds``
+times, and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up at each draft's
+best γ, and the report a figure of them with the optimum. Run it with nothing else on the machine.
+
+RESULT
+"""
+
+import _python as small
+import _sweep as sweep
+
+from jaxdraft.losses import CrossEntropy
+from jaxdraft.models import ModelConfig
+from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
+
+SIZES = ((32, 1), (64, 1), (96, 1), (128, 1), (192, 1), (192, 2))  # width and layers: 1.5 to 24 % of the small target
+
+
+def shape(hidden_size: int, layers: int) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=hidden_size,
+        intermediate_size=5 * hidden_size // 2,
+        num_layers=layers,
+        num_heads=2,
+        num_kv_heads=2,
+    )
+
+
+def recipe(
+    *,
+    target: HFModel = small.TARGET,
+    text: str | None = None,
+    pretrain_steps: int = 120,
+    distil_steps: int = 60,
+    seeds: int = 3,
+):
+    ground = sweep.ground(text, limit=12)
+    drafts: list[Train] = []
+    for seed in range(seeds):
+        for size in SIZES:
+            name, model = "h{}l{}".format(*size), shape(*size)
+            start = f"pretrain-{name}-{seed}"
+            drafts += [
+                sweep.train(start, data="corpus", loss=CrossEntropy(), steps=pretrain_steps, model=model, seed=seed),
+                sweep.distil(f"{name}-{seed}", "responses", distil_steps, init=start, model=model, seed=seed),
+            ]
+    return Recipe(
+        title="How large should a draft be?",
+        description="Drafts from 1 to 20 % of the target, pretrained and distilled alike: speed-up against size.",
+        target=target,
+        draft=shape(*SIZES[0]),
+        stages=(
+            sweep.rows(ground.text),
+            sweep.answers("responses", ground.prompts),
+            *drafts,
+            Evaluate(
+                "evaluate",
+                drafts=tuple(draft.name for draft in drafts if draft.init != "random"),
+                tasks=ground.tasks[::2],  # "open" and "code"
+                block_sizes=(1, 3, 5),
+                repeats=1,
+            ),
+        ),
+    )
