@@ -6,7 +6,7 @@
 The target lies beside this file: 5.2M parameters that have read Python's standard library (`python_target` made it).
 The corpus is the library of the Python that runs this: documentation (text), modules (code), and instructions made from
 them (signature -> docstring, docstring -> body, module -> summary line). What is done is what one does with a larger
-target: pretrain a draft of a twentieth of its size, which begins from its embeddings; let it answer instructions that
+target: pretrain a draft of six percent of its size, which begins from its embeddings; let it answer instructions that
 neither has seen, at four temperatures; distil with KL, TVD and TVD++ on nine parts answers and one part text (Direct
 Alignment, arXiv 2403.00858) while block efficiency on held-out answers is logged; measure on three held-out tasks that
 mirror the paper's; export the draft distilled with TVD++.
@@ -14,7 +14,7 @@ mirror the paper's; export the draft distilled with TVD++.
 
 import _python as small
 
-from jaxdraft.data.stdlib import PythonLibrary
+from jaxdraft.data.stdlib import PythonLibrary, PythonTask
 from jaxdraft.losses import KL, TVD, CrossEntropy, TVDPlusPlus
 from jaxdraft.recipe import Evaluate, Export, Generate, Prepare, Recipe, Reproduction, Train
 
@@ -70,7 +70,7 @@ def recipe():
             ),
             Generate(
                 "responses",
-                prompts=(small.instructions(256),),
+                prompts=(PythonTask("all", split="seed", limit=256, max_tokens=small.PROMPT),),
                 temperatures=(0.0, 0.3, 0.7, 1.0),
                 top_p=0.95,
                 max_new_tokens=small.ANSWER,
