@@ -1,6 +1,18 @@
 """The small target that the quickstart and the small recipes accelerate: 5.2M parameters that know Python.
 
-jaxdraft run python_target --workdir runs/python-target
+    jaxdraft run python_target --workdir runs/python-target
+
+45 minutes on two cores (AMD EPYC), nothing downloaded. A Llama of six layers reads the standard library of the Python
+that runs this as documentation, as code, and as instructions made from both. 4000 steps of 8 rows of 256 are 8.2M
+tokens, 2.2 passes over 3.7M; the loss falls to 1.97, the mean of the last 100 steps. Perplexity over windows of 256
+tokens is 8.1 on documentation, 3.8 on instructions and 7.6 on code that it has read; 24.6, 10.6 and 15.4 on modules
+that it has not, such as `PythonTask` asks about.
+
+Its weights are in `configs/targets/python-5m`, a copy of the stage `export`, so that nobody has to wait for them:
+jaxdraft at c872d04 with this recipe, Python 3.11.7, jax 0.10.2. They are there for drafts to be made, measured and
+tested with; what the model writes looks like Python's documentation and is often wrong.
+
+    jaxdraft sample --target configs/targets/python-5m --prompt "def shorten(text, width):"
 """
 
 from jaxdraft.data.stdlib import PythonLibrary

@@ -24,7 +24,7 @@ RUN_EXAMPLE = """examples:
   jaxdraft run configs/tinystories.py --workdir runs/mine --set target.path=MODEL_FOLDER --set text.path=FILE.txt
   jaxdraft run quickstart --workdir runs/quickstart --set seed=1 --set distill-kl.steps=50
   jaxdraft run quickstart --workdir runs/quickstart --list
-  jaxdraft run quickstart --workdir runs/profiled --only tokenizer corpus target --profile 10:20
+  jaxdraft run quickstart --workdir runs/profiled --only corpus pretrain --profile 10:20
 
 The same command again does only what is missing, and goes on where it was interrupted."""
 EVALUATE_EXAMPLE = """examples:

@@ -112,7 +112,7 @@ def _override(recipe: Recipe, changes: Sequence[Change], arguments: list[str]) -
             raise change.wrong(unknown_name("setting", change.path[0], known))
         if change.path[0] in stages and len(change.path) == 1:
             raise change.wrong(f"name a field of stage {change.path[0]!r}, as in {change.path[0]}.FIELD=VALUE")
-    # A stage may bear a field's name: the quickstart's target is a stage, and Recipe.target only names it.
+    # A stage may bear a field's name: python_target's target is a stage, and Recipe.target only names it.
     to_stages = [change for change in changes if change.path[0] in stages]
     to_fields = [change for change in changes if change.path[0] not in stages]
     whole = [*to_fields, *(change._replace(path=("stages", *change.path)) for change in to_stages)]

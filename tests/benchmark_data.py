@@ -118,14 +118,14 @@ def prepare(shared: Path, only: str | None, characters: int):
 def read():
     """Batches of the quickstart's draft out of a file, and its step."""
     quickstart = load_recipe("quickstart")
-    config = dataclasses.replace(quickstart.draft, vocab_size=1024)
+    config = dataclasses.replace(quickstart.draft, vocab_size=2048)  # of its target
     stage = quickstart.stage("pretrain")
     rows, length, steps = stage.batch_size, quickstart.stage(stage.data).length, 200
     batch = batch_of(config, rows, length)
     step = ours(config, batch)
     with tempfile.TemporaryDirectory() as folder:
         one = {key: batch[key][0] for key in ("tokens", "segment_ids", "loss_mask")}
-        settings = {"length": length, "vocab_size": 1024, "tokenizer_fingerprint": "", "source": {}}
+        settings = {"length": length, "vocab_size": config.vocab_size, "tokenizer_fingerprint": "", "source": {}}
         write_rows(folder, (one for _ in range(20_000)), **settings)
         batches = Batches({"corpus": PackedRows(folder)}, batch_size=rows, seed=0)
 

@@ -26,9 +26,9 @@ from jaxdraft.train import OptimizerSettings, train
 from jaxdraft.train.state import create_state, state_shardings
 from jaxdraft.train.step import build_step
 
-# Quickstart's target at its batch; a small draft; FastDraft's 50M.
+# A target to try things with; a small draft; FastDraft's 50M.
 SHAPES = {
-    "quickstart target, 10 × 160": (
+    "1.4M target, 10 × 160": (
         ModelConfig(vocab_size=1024, hidden_size=128, intermediate_size=384, num_layers=6, num_heads=2, num_kv_heads=2),
         (10, 160),
     ),
@@ -144,7 +144,7 @@ class Rows:
 
 def host():
     """A loop's step beside the bare step, in turn: what reading, logging and dispatching add that nothing hides."""
-    config, (rows, length) = SHAPES["quickstart target, 10 × 160"]
+    config, (rows, length) = SHAPES["1.4M target, 10 × 160"]
     batch, steps = batch_of(config, rows, length), 60
     bare, ratios = ours(config, batch), []
     for _ in range(5):

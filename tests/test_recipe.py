@@ -8,9 +8,11 @@ import pytest
 from jaxdraft import recipe_file
 from jaxdraft.errors import ConfigError
 from jaxdraft.losses import DPACE, KL, TVDPlusPlus
+from jaxdraft.models.hf import load_model
 from jaxdraft.recipe import HFModel, Score, TopK, Train
 from jaxdraft.recipe_file import CONFIGS, find_recipe, load_recipe
 from jaxdraft.settings import to_json
+from jaxdraft.tokenizers import load_tokenizer
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
 
@@ -177,6 +179,19 @@ def test_every_shipped_recipe_loads():
     for path in CONFIGS.glob("[!_]*.py"):
         recipe = load_recipe(path.stem, arguments.get(path.stem, []))
         assert to_json(recipe)["title"]
+
+
+def test_the_target_that_is_shipped_is_the_one_that_its_recipe_makes():
+    made, quickstart = load_recipe("python_target"), load_recipe("quickstart")
+    folder = Path(quickstart.target.path)
+    config, _ = load_model(folder)
+    assert config == dataclasses.replace(made.draft, vocab_size=made.stage("tokenizer").vocab_size, head_dim=64)
+    assert (
+        10 * dataclasses.replace(quickstart.draft, vocab_size=config.vocab_size).num_parameters < config.num_parameters
+    )
+    card = (folder / "README.md").read_text()
+    assert made.description in card
+    assert load_tokenizer(folder).fingerprint() in card
 
 
 def test_a_required_argument_is_asked_for():
