@@ -6,19 +6,18 @@
 The target lies beside this file: 5.2M parameters that have read Python's standard library (`python_target` made it).
 The corpus is the library of the Python that runs this: documentation (text), modules (code), and instructions made from
 them (signature -> docstring, docstring -> body, module -> summary line). What is done is what one does with a larger
-target: pretrain a draft of six percent of its size, which begins from its embeddings; let it answer instructions that
-neither has seen, at four temperatures; distil with KL, TVD and TVD++ on nine parts answers and one part text (Direct
-Alignment, arXiv 2403.00858) while block efficiency on held-out answers is logged; measure on three held-out tasks that
-mirror the paper's; export the draft distilled with TVD++.
+target: pretrain a draft of six percent of its size; let the target answer instructions that neither has seen, at four
+temperatures; distil with KL, TVD and TVD++ on nine parts answers and one part text (Direct Alignment, arXiv 2403.00858)
+while block efficiency on held-out answers is logged; measure on three held-out tasks that mirror the paper's; export
+the draft distilled with TVD++.
 """
 
 import _python as small
 
-from jaxdraft.data.stdlib import PythonLibrary, PythonTask
+from jaxdraft.data.stdlib import PythonTask
 from jaxdraft.losses import KL, TVD, CrossEntropy, TVDPlusPlus
 from jaxdraft.recipe import Evaluate, Export, Generate, Prepare, Recipe, Reproduction, Train
 
-CORPUS = (PythonLibrary("text"), PythonLibrary("instructions"), PythonLibrary("code", limit=60))
 # Rows and tasks of Direct Alignment's figures, and what stands for them here.
 LOSSES = {"KLD": "distill-kl", "TVD": "distill-tvd", "TVD++": "distill-tvdpp"}
 TASKS = {"dolly": "open", "xsum": "summary"}
@@ -30,12 +29,13 @@ def distil(name, loss):
         init="pretrain",
         data={"responses": 0.9, "corpus": 0.1},
         loss=loss,
-        steps=100,
+        steps=150,
         batch_size=10,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
+        final_learning_rate=1e-5,
         warmup_steps=10,
-        save_every=50,
-        keep_every=25,
+        save_every=75,
+        keep_every=50,
         probe="probe",
     )
 
@@ -55,18 +55,17 @@ def recipe():
             Reproduction("direct-alignment", "Figure 2", rows={"base": "pretrain", **LOSSES}, tasks=TASKS),
         ),
         stages=(
-            Prepare("corpus", sources=CORPUS, length=small.LENGTH),
+            Prepare("corpus", sources=small.CORPUS, length=small.LENGTH),
             Train(
                 "pretrain",
-                init="target-embedding",
                 data="corpus",
                 loss=CrossEntropy(),
-                steps=700,
-                batch_size=16,
-                learning_rate=6e-3,
-                final_learning_rate=6e-5,
-                warmup_steps=20,
-                save_every=100,
+                steps=4000,
+                batch_size=4,
+                learning_rate=2e-3,
+                final_learning_rate=2e-5,
+                warmup_steps=100,
+                save_every=1000,
             ),
             Generate(
                 "responses",
