@@ -38,6 +38,7 @@ class Size(NamedTuple):
     answer: int
     generate_batch: int
     batch_size: int
+    mixed_batch_size: int  # of what learns from code and text together, in whole rows of each
     learning_rate: float
     finetune_steps: int  # on the answers to OIG-small-chip2
     align_steps: int  # on those to everything
@@ -86,6 +87,7 @@ PHI3 = Size(
     answer=ANSWER,
     generate_batch=256,
     batch_size=128,
+    mixed_batch_size=128,
     learning_rate=1e-4,
     finetune_steps=updates(210_289),
     align_steps=updates(4 * (52_002 + 210_289 + 78_264 + MAGPIE)),
@@ -123,6 +125,7 @@ SMALL = Size(
     answer=small.ANSWER,
     generate_batch=64,
     batch_size=4,
+    mixed_batch_size=12,
     learning_rate=2e-3,
     finetune_steps=400,
     align_steps=600,
@@ -145,10 +148,10 @@ def sample(size: Size, kind: str, billions: float) -> Subset:
 
 
 def mix(size: Size, billions: dict[str, float]) -> dict[str, float]:
-    """Shares of a batch, in whole rows, by how many billions are wanted of each stage's."""
+    """Shares of a batch, in whole rows, by how many billions are wanted of each stage's: within 4 % of the batch."""
     total = sum(billions.values())
-    counts = {name: round(size.batch_size * each / total) for name, each in billions.items()}
-    return {name: count / size.batch_size for name, count in counts.items()}
+    counts = {name: round(size.mixed_batch_size * each / total) for name, each in billions.items()}
+    return {name: count / size.mixed_batch_size for name, count in counts.items()}
 
 
 def train(size: Size, name: str, seed: int, data: str | dict[str, float], *, billions: float, **settings) -> Train:

@@ -2,12 +2,13 @@
 
 The target is `python_target`'s, whose weights lie beside it. What stands for what in the papers:
 
-- FineWeb is documentation (Python's, numpy's, scipy's and jax's) and questions with answers, The Stack is the code of
-  Python's library.
+- FineWeb is documentation (Python's, numpy's, scipy's and jax's) and questions with answers, of which a third are
+  bodies of functions; The Stack is the code of Python's library.
 - OIG-small-chip2, Alpaca and the like are instructions made from its modules; every module belongs to one split, so
-  what a task asks was in no text, and not in the target's either.
-- Dolly is "open" (a function's description from its signature), XSum and CNN/DailyMail are "summary" (a line on a class
-  or module), HumanEval is "code" (a body from signature and docstring), TinyStories is "text" (a passage of
+  what a task asks was in no training text, nor in the target's where Python is 3.11 as its was. Passages of
+  documentation may repeat others.
+- Dolly is "open" (a function's description from its signature), XSum or CNN/DailyMail is "summary" (a line on a
+  class or module), HumanEval is "code" (a body from signature and docstring), TinyStories is "text" (a passage of
   documentation gone on with), WMT18 is "translate" (German to English: unlike all that target and drafts have seen).
 """
 
@@ -17,6 +18,7 @@ from typing import Literal
 from jaxdraft.data.passages import Continuations, Passages
 from jaxdraft.data.prompts import PromptFile
 from jaxdraft.data.stdlib import PythonLibrary, PythonTask
+from jaxdraft.errors import ConfigError
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import HFModel
@@ -50,6 +52,17 @@ PROMPTS = (
         for part, characters in PASSAGES.items()
     ),
 )
+
+
+def seeds_of(seeds: int | None, default: int = 1) -> range:
+    """0, 1, … of every draft.
+
+    Raises:
+      ConfigError: none.
+    """
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"seeds is {seeds}: at least one of every draft is trained")
+    return range(default if seeds is None else seeds)
 
 
 def task(kind: str, name: str = "", limit: int = 24, **decoding) -> Task:

@@ -1,6 +1,7 @@
 """The stages of FastDraft (arXiv 2411.11055, section 6): pretraining, continued pretraining, fine-tuning."""
 
 import _fastdraft as fd
+import _python as small
 
 from jaxdraft.data.magpie import Magpie
 from jaxdraft.recipe import Export, Generate, Recipe, Reproduction, Subset, Train, Written
@@ -26,11 +27,12 @@ def stages_of(size: fd.Size, draft: str, title: str, reproduces: tuple[Reproduct
     )
     prompts = (*size.alignment, *(Written("instructions") for _ in written))
     drafts: list[Train] = []
-    for seed in range(seeds or size.seeds):
+    for seed in small.seeds_of(seeds, size.seeds):
         mixed = fd.mix(size, {"code": 5, "text-2500M": 2.5})
+        mixing = size._replace(batch_size=size.mixed_batch_size)
         drafts += [
             fd.train(size, "pretrain", seed, "text", billions=5),
-            fd.train(size, "continue", seed, mixed, billions=7.5, init=f"pretrain-{seed}"),
+            fd.train(mixing, "continue", seed, mixed, billions=7.5, init=f"pretrain-{seed}"),
             fd.finetune(size, "finetune", seed, "responses", size.align_steps, f"continue-{seed}"),
         ]
     return Recipe(

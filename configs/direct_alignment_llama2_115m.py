@@ -174,7 +174,7 @@ def draft_stages(size: Size, seed: int) -> tuple[Train, ...]:
 
 def recipe(*, scale: Literal["full", "small"] = "full", seeds: int | None = None):
     size = FULL if scale == "full" else SMALL
-    trained = [stage for seed in range(seeds or size.seeds) for stage in draft_stages(size, seed)]
+    trained = [stage for seed in small.seeds_of(seeds, size.seeds) for stage in draft_stages(size, seed)]
     names = {task: mine.name for task, mine in size.tasks.items()}
     shown = lambda figure, rows, *shown_tasks: Reproduction(
         "direct-alignment", figure, rows=rows, tasks={task: names[task] for task in shown_tasks if task in names}

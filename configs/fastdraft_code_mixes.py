@@ -16,6 +16,7 @@ speaks of 4 B of text and 6 B of code, its tables of 6 and 4: here as in the tab
 from collections.abc import Mapping
 
 import _fastdraft as fd
+import _python as small
 
 from jaxdraft.recipe import Recipe
 
@@ -44,6 +45,7 @@ def stage(first: str, then: Parts) -> str:
 
 def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
     size = fd.size_of(scale)
+    size = size._replace(batch_size=size.mixed_batch_size)
     samples = {
         (kind, billions): fd.sample(size, kind, billions)
         for kind, few in {"text": (1, 2.5, 5, 6), "code": (1, 2.5, 3, 4)}.items()
@@ -53,7 +55,7 @@ def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
     rows_of = lambda kind, billions: samples[kind, billions].name if (kind, billions) in samples else kind
     data = lambda parts: fd.mix(size, {rows_of(kind, billions): billions for kind, billions in parts.items()})
     drafts = []
-    for seed in range(seeds or size.seeds):
+    for seed in small.seeds_of(seeds, size.seeds):
         drafts += [fd.train(size, f"base-{kind}", seed, rows_of(kind, 5), billions=5) for kind in ("text", "code")]
         drafts += [
             fd.train(

@@ -14,6 +14,7 @@ says.
 """
 
 import _fastdraft as fd
+import _python as small
 
 from jaxdraft.recipe import Recipe
 
@@ -34,7 +35,7 @@ def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
             billions=billions,
             model=size.drafts[draft],
         )
-        for seed in range(seeds or size.seeds)
+        for seed in small.seeds_of(seeds, size.seeds)
         for draft, billions in names.values()
     ]
     rows = {row: stage(*of) for row, of in names.items()}

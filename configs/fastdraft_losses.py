@@ -14,6 +14,7 @@ differs is what `fastdraft_phi3_50m` says. `loss_comparison` has every loss ther
 """
 
 import _fastdraft as fd
+import _python as small
 
 from jaxdraft.losses import KL, TVD, CrossEntropy, Mixture
 from jaxdraft.recipe import Recipe, TopK, Train
@@ -30,7 +31,7 @@ LOSSES = {
 def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
     size = fd.size_of(scale)
     drafts: list[Train] = []
-    for seed in range(seeds or size.seeds):
+    for seed in small.seeds_of(seeds, size.seeds):
         drafts.append(fd.train(size, "pretrain", seed, "text", billions=5))
         drafts += [
             fd.finetune(

@@ -13,6 +13,7 @@ differs is what `fastdraft_phi3_50m` says; small, "original" is what Python's au
 """
 
 import _fastdraft as fd
+import _python as small
 
 from jaxdraft.recipe import Recipe, Train
 
@@ -22,7 +23,7 @@ DATA = {"Original": "originals", "Target": "responses"}
 def recipe(*, scale: fd.Scale = "full", seeds: int | None = None):
     size = fd.size_of(scale)
     drafts: list[Train] = []
-    for seed in range(seeds or size.seeds):
+    for seed in small.seeds_of(seeds, size.seeds):
         drafts.append(fd.train(size, "pretrain", seed, "text", billions=5))
         drafts += [
             fd.finetune(size, f"on-{data}", seed, data, size.finetune_steps, f"pretrain-{seed}")

@@ -7,7 +7,8 @@ A draft distilled on answers about Python, beside the one it was pretrained from
 "summary", "code", "text") and out of it: instructions to translate from German, French, Spanish and Italian, of which
 neither it nor the small target has seen any, and sequences of numbers. A second, "languages", is distilled on the
 target's answers to translations as well. The prompts in ``configs/prompts`` are few: those of even number are for
-distillation, those of odd number for measuring, so that no sentence is in both. No answer needs to be right: the draft
+distillation, those of odd number for measuring (12 German, 4 of each other language: intervals are wide). No answer
+needs to be right: the draft
 has to foresee what the target writes, and what it writes where it knows nothing is as good a thing to learn.
 ``report/comparison.csv`` is the table: ``seeds`` pooled.
 
@@ -51,7 +52,7 @@ def recipe(
 ):
     ground = sweep.ground(None)
     drafts: list[Train] = []
-    for seed in range(seeds):
+    for seed in small.seeds_of(seeds):
         start = f"pretrain-{seed}"
         mixed = {"responses": 0.8, "translations": 0.2}
         drafts += [

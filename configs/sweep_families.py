@@ -29,7 +29,7 @@ WINDOW = 64  # tokens, a third of a row
 
 
 def shapes(hidden_size: int) -> dict[str, ModelConfig]:
-    """One layer each; half the key/value heads are a sixth of the width of the MLP."""
+    """One layer each: what half the key/value heads save, a third of the width, goes into the MLP."""
     all_heads: dict[str, Any] = {"intermediate_size": 5 * hidden_size // 2, "num_kv_heads": 2}
     grouped: dict[str, Any] = {"intermediate_size": 17 * hidden_size // 6, "num_kv_heads": 1}
     common: dict[str, Any] = {"hidden_size": hidden_size, "num_layers": 1, "num_heads": 2}
@@ -52,7 +52,7 @@ def recipe(
 ):
     ground, families = sweep.ground(text), shapes(hidden_size)
     drafts: list[Train] = []
-    for seed in range(seeds):
+    for seed in small.seeds_of(seeds):
         for family, shape in families.items():
             start = f"pretrain-{family}-{seed}"
             drafts += [

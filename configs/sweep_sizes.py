@@ -42,7 +42,7 @@ def recipe(
 ):
     ground = sweep.ground(text, limit=12)
     drafts: list[Train] = []
-    for seed in range(seeds):
+    for seed in small.seeds_of(seeds):
         for size in SIZES:
             name, model = "h{}l{}".format(*size), shape(*size)
             start = f"pretrain-{name}-{seed}"

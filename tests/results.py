@@ -8,11 +8,91 @@ people wrote around it is kept.
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+from jaxdraft.evaluate.changes import Pairs
+from jaxdraft.evaluate.collect import RunDirectory, read_run
+from jaxdraft.evaluate.comparison import setting_of
 
 RESULTS = Path(__file__).parents[1] / "configs" / "RESULTS.md"
+
+
+class Claim(NamedTuple):
+    """What a paper says of two drafts, and where it is looked for: in a run, on tasks at a temperature."""
+
+    words: str
+    paper: str
+    run: str
+    metric: str
+    draft: str
+    base: str
+    tasks: tuple[str, ...]
+    temperature: float
+
+
+DIRECT, STAGES, MIXES = "direct_alignment_llama2_115m", "fastdraft_phi3_50m", "fastdraft_code_mixes"
+LOSSES, TEXT = "fastdraft_losses", "fastdraft_target_text"
+TAU, ACCEPTED = "block_efficiency", "acceptance_rate"
+CLAIMS = [
+    *(
+        Claim("distilled with TVD++ against pretrained", said, DIRECT, TAU, "tvdpp-0", "pretrain-0", (task,), T)
+        for task, T, said in (("open", 0.6, "Dolly about +21 %"), ("summary", 0.0, ""), ("code", 0.0, ""))
+    ),
+    *(
+        Claim(f"TVD++ against {name}", "above it", DIRECT, TAU, "tvdpp-0", f"{name.lower()}-0", (task,), T)
+        for name in ("KL", "TVD")
+        for task, T in (("open", 0.6), ("summary", 0.0))
+    ),
+    Claim("TVD++ from nothing against pretrained", "", DIRECT, TAU, "scratch-0", "pretrain-0", ("open",), 0.6),
+    Claim("TVD++ against pretrained, German", "below it", DIRECT, TAU, "tvdpp-0", "pretrain-0", ("translate",), 0.0),
+    *(
+        Claim("fine-tuned on the target's text against the original", said, TEXT, ACCEPTED, *drafts, (task,), 0.0)
+        for drafts in [("on-responses-0", "on-originals-0")]
+        for task, said in (("summary", "+6 %"), ("text", "+5 %"), ("open", "+13 %"))
+    ),
+    *(
+        Claim(
+            f"{name} from stored targets against cross-entropy", said, LOSSES, ACCEPTED, draft, "ce-0", ("open",), 0.0
+        )
+        for name, draft, said in (("KL", "kl-0", "0 %"), ("TVD", "tvd-0", "−2 %"))
+    ),
+    *(
+        Claim("continued on code and text against text alone", said, STAGES, ACCEPTED, *drafts, (task,), 0.0)
+        for drafts in [("continue-0", "pretrain-0")]
+        for task, said in (("code", "+115 %"), ("text", "+3 %"), ("open", "−5 %"))
+    ),
+    *(
+        Claim("code after text against both mixed", said, MIXES, ACCEPTED, *drafts, (task,), 0.0)
+        for drafts in [("text-code5-text2_5-0", "mixed-text5-code5-0")]
+        for task, said in (("code", "+5 %"), ("text", "+7 %"), ("open", "+19 %"))
+    ),
+]
+BLOCK_SIZE = 3
+
+
+def claims(folder: Path) -> str:
+    """Each claim of which its run is there, at γ 3, with the interval of the change over prompts and seeds."""
+    lines = ["| what against what | task | paper | here, 95 % interval |", "|---|---|---|---|"]
+    pairs: dict[str, tuple[RunDirectory, Pairs]] = {}
+    for claim in CLAIMS:
+        if not (folder / claim.run / "report").is_dir():
+            continue
+        if claim.run not in pairs:
+            run = read_run(folder / claim.run)
+            pairs[claim.run] = run, Pairs(run)
+        run, answers = pairs[claim.run]
+        for task in claim.tasks:
+            wanted = {"draft": claim.draft, "task": task, "temperature": claim.temperature, "block_size": BLOCK_SIZE}
+            line = next(line for line in run.samples if wanted.items() <= line.items())
+            value, low, high = answers.change(claim.metric, setting_of(line), claim.draft, claim.base) or [math.nan] * 3
+            how = "greedy" if claim.temperature == 0 else f"T {claim.temperature:g}"
+            here = f"{value:+.0%} ({low:+.0%} to {high:+.0%})".replace("-", "−")
+            lines.append(f"| {claim.words} | {task}, {how} | {claim.paper} | {here} |")
+    return "\n".join(lines)
 
 
 def section(run: Path) -> str:
@@ -23,7 +103,7 @@ def section(run: Path) -> str:
     if unfinished:
         raise SystemExit(f"{run}: {', '.join(unfinished)} not done: run its recipe again")
     minutes = sum(stage["seconds"] for stage in stages) / 60
-    seeds = sorted(set(record["stage_seeds"].values()))
+    seeds = sorted({stage["settings"]["seed"] for stage in stages if stage["kind"] == "Train"})
     settings = " ".join(re.sub(r".*/", "", word) if "/" in word else word for word in record["command"][1:])
     settings = settings.replace(f"--workdir {run.name}", f"--workdir runs/{run.name}")
     packages = f"Python {record['python']}, jax {record['packages']['jax']}"
@@ -43,12 +123,18 @@ def _exhibit(part: str) -> str:
 def main(runs: list[str]) -> None:
     text = RESULTS.read_text("utf-8")
     for run in map(Path, runs):
-        begin, end = f"<!-- {run.name} -->", f"<!-- /{run.name} -->"
-        if begin not in text:
-            raise SystemExit(f"{RESULTS.name} has no place for {run.name}: write {begin} and {end}")
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{section(run)}\n{end}{rest.partition(end)[2]}"
+        text = _put(text, run.name, section(run))
+    if runs:
+        text = _put(text, "claims", claims(Path(runs[0]).parent))
     RESULTS.write_text(text, "utf-8")
+
+
+def _put(text: str, name: str, content: str) -> str:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        raise SystemExit(f"{RESULTS.name} has no place for {name}: write {begin} and {end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 if __name__ == "__main__":

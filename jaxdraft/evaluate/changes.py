@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxdraft.evaluate.collect import RunDirectory
 from jaxdraft.evaluate.comparison import (
     RATIOS,
+    Setting,
     answered_by_all,
     answers_by_setting,
     counts_of,
@@ -45,40 +47,47 @@ class Change(NamedTuple):
     theirs: float | None
 
 
+class Pairs:
+    """What the drafts of a run answered, seed by seed, to be compared."""
+
+    def __init__(self, run: RunDirectory):
+        self._answers = answers_by_setting(run)
+        self._siblings: dict[str, dict[int | None, str]] = {}
+        for group in group_by_seed(run, run.drafts):
+            by_seed = {stage.settings.get("seed") if (stage := run.stage(d)) else None: d for d in group.drafts}
+            self._siblings |= dict.fromkeys(group.drafts, by_seed)
+
+    def change(self, metric: str, setting: Setting, draft: str, base: str) -> list[float] | None:
+        """By how much ``draft`` is above ``base``, relative to it, and the ends of the 95% interval.
+
+        Both stand for all their seeds. Seeds and prompts count that both have; None where there are none, or where the
+        change cannot be told because the base may be 0.
+        """
+        ours, theirs = self._siblings[draft], self._siblings[base]
+        seeds = [seed for seed in ours if seed in theirs]
+        both = [[self._answers.get((of[seed], setting), {}) for seed in seeds] for of in (ours, theirs)]
+        prompts = answered_by_all([*both[0], *both[1]])
+        if metric not in RATIOS or not prompts:
+            return None
+        return pooled_change(*_sums(both[0], prompts, metric), *_sums(both[1], prompts, metric))
+
+
 def changes(found: Reproduced) -> list[Change]:
-    """Every row against the first, and against the one above it, wherever both were measured on the same prompts."""
-    answers = answers_by_setting(found.run)
-    seeds = {draft: group.drafts for group in group_by_seed(found.run, found.run.drafts) for draft in group.drafts}
+    """Every row against the first and against the one above it, of those whose drafts are of its size."""
+    pairs, sizes = Pairs(found.run), {draft: known["ratio"] for draft, known in found.run.parameters.items()}
     every = []
     for i, (row, draft) in enumerate(found.rows):
-        for base, base_draft in found.rows[max(i - 1, 0) : i] if i < 2 else (found.rows[0], found.rows[i - 1]):
+        alike = [other for other in found.rows[:i] if sizes.get(other[1]) == sizes.get(draft)]
+        for base, base_draft in alike[:1] if len(alike) < 2 else (alike[0], alike[-1]):
             for column in found.columns:
-                ours = [
-                    [answers.get((other, setting_of(cell["result"])), {}) for other in seeds[each]]
-                    for name, each in ((row.name, draft), (base.name, base_draft))
-                    if "result" in (cell := found.cells.get((name, column), {}))
-                ]
-                pooled = _pooled(column.metric, *ours) if len(ours) == 2 else None
-                if pooled is None or (column.metric == "mbsu" and not _of_one_size(found, draft, base_draft)):
-                    continue
-                value, low, high = pooled
-                theirs, theirs_base = found.printed(row, column), found.printed(base, column)
-                printed = theirs / theirs_base - 1 if theirs is not None and theirs_base else None
-                every.append(Change(row.name, base.name, column, value, (low, high), printed))
+                result = found.cells.get((row.name, column), {}).get("result")
+                metric = _MEASURED.get(column.metric, column.metric)
+                change = pairs.change(metric, setting_of(result), draft, base_draft) if result else None
+                if change is not None:
+                    theirs, theirs_base = found.printed(row, column), found.printed(base, column)
+                    printed = theirs / theirs_base - 1 if theirs is not None and theirs_base else None
+                    every.append(Change(row.name, base.name, column, change[0], (change[1], change[2]), printed))
     return every
-
-
-def _of_one_size(found: Reproduced, *drafts: str) -> bool:
-    return len({found.run.parameters[draft]["ratio"] for draft in drafts}) == 1
-
-
-def _pooled(metric: str, ours: Sequence[Answers], base: Sequence[Answers]) -> list[float] | None:
-    """The change of a metric and its interval over seeds and prompts; None without any in common."""
-    metric = _MEASURED.get(metric, metric)
-    prompts = answered_by_all([*ours, *base])
-    if metric not in RATIOS or len(ours) != len(base) or not prompts:
-        return None
-    return pooled_change(*_sums(ours, prompts, metric), *_sums(base, prompts, metric))
 
 
 def _sums(drafts: Sequence[Answers], prompts: Sequence[str], metric: str) -> list[np.ndarray]:

@@ -175,15 +175,17 @@ def pooled_ratio(above_SP: np.ndarray, below_SP: np.ndarray) -> list[float]:
 
 def pooled_change(
     above_SP: np.ndarray, below_SP: np.ndarray, base_above_SP: np.ndarray, base_below_SP: np.ndarray
-) -> list[float]:
+) -> list[float] | None:
     """By how much a ratio is above another of the same seeds and prompts, relative to it, and its 95% interval.
 
-    As ``pooled_ratio``, with the same seeds and prompts drawn for both: what they share is not counted as chance.
+    As ``pooled_ratio``, with the same seeds and prompts drawn for both: what they share is not counted as chance. None
+    where the other one is 0, or is in a resample.
     """
     value, draws_N = _resampled(above_SP, below_SP)
     base, base_draws_N = _resampled(base_above_SP, base_below_SP)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _with_ends(value / base - 1, draws_N / base_draws_N - 1)
+    if not (base > 0 and np.all(base_draws_N > 0)):
+        return None
+    return _with_ends(value / base - 1, draws_N / base_draws_N - 1)
 
 
 def _resampled(above_SP: np.ndarray, below_SP: np.ndarray) -> tuple[float, np.ndarray]:

@@ -280,3 +280,4 @@ def test_a_change_is_drawn_with_its_base() -> None:
     assert low < value < high
     alone = pooled_ratio(above, below)
     assert high - low < alone[2] - alone[1]  # what both share is no part of it
+    assert pooled_change(above, below, 0 * above, below) is None
