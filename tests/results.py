@@ -1,4 +1,5 @@
-"""Puts the papers' tables of finished runs into configs/RESULTS.md: ours beside theirs, as each run's report has them.
+"""Puts the papers' tables of finished runs into configs/RESULTS.md, ours beside theirs, as each run's report has them,
+and what became of the papers' claims there and into README.md.
 
     jaxdraft run fastdraft_losses --workdir runs/fastdraft_losses --set scale=small
     python -m tests.results runs/fastdraft_losses
@@ -18,7 +19,7 @@ from jaxdraft.evaluate.changes import Pairs
 from jaxdraft.evaluate.collect import RunDirectory, read_run
 from jaxdraft.evaluate.comparison import setting_of
 
-RESULTS = Path(__file__).parents[1] / "configs" / "RESULTS.md"
+RESULTS, README = (Path(__file__).parents[1] / name for name in ("configs/RESULTS.md", "README.md"))
 
 
 class Claim(NamedTuple):
@@ -125,14 +126,16 @@ def main(runs: list[str]) -> None:
     for run in map(Path, runs):
         text = _put(text, run.name, section(run))
     if runs:
-        text = _put(text, "claims", claims(Path(runs[0]).parent))
+        found = claims(Path(runs[0]).parent)
+        text = _put(text, "claims", found)
+        README.write_text(_put(README.read_text("utf-8"), "claims", found), "utf-8")
     RESULTS.write_text(text, "utf-8")
 
 
 def _put(text: str, name: str, content: str) -> str:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if begin not in text:
-        raise SystemExit(f"{RESULTS.name} has no place for {name}: write {begin} and {end}")
+        raise SystemExit(f"there is no place for {name}: write {begin} and {end}")
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
 
