@@ -27,7 +27,8 @@ Meta first shipped with Llama 2. It does not say which prompts are measured: her
 TVD++ without pretraining. Llama-2-7b-chat is gated (`hf auth login`), and its licence forbids to improve other models
 with its output (1.b.v), so the run asks for `--accept-license`.
 
-Small: the target, text and questions of `configs/_python.py`, three seeds of every draft. `seeds` says how many.
+Small: the target, text and questions of `configs/_python.py`, three seeds of every draft. "open" is measured for Dolly,
+"summary" for XSum, "translate" for WMT18, nothing for CNN/DailyMail, and "code" beside them. `seeds` says how many.
 """
 
 from dataclasses import replace

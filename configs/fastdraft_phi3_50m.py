@@ -22,6 +22,8 @@ gradients are clipped at 1. It trained in float16, this computes in bfloat16 on 
 Software Heritage's bucket (`EXTRAS=s3`, their agreement, AWS credentials).
 
 Small: the target, text, code and questions of `configs/_python.py`, three seeds; 3e5 tokens for each of its billions.
+Batches are of 4 rows, of 12 where code and text are mixed; 400 updates on OIG's answers and 600 on all are what a
+minute allows, two passes and less than one.
 """
 
 import _fastdraft as fd

@@ -9,8 +9,6 @@ parameters; each of its γ runs in a block takes longer as well. If time goes by
 which even the smallest draft has one. All sizes are pretrained and distilled alike (TVD++, stored targets), ``seeds``
 times (twice, for time), and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up
 at each draft's best γ, and the report a figure of them with the optimum. Run it with nothing else on the machine.
-
-RESULT
 """
 
 import _python as small
