@@ -9,10 +9,9 @@ neither it nor the small target has seen any, and sequences of numbers. A second
 target's answers to translations as well. The prompts in ``configs/prompts`` are few: those of even number are for
 distillation, those of odd number for measuring (12 German, 4 of each other language: intervals are wide). No answer
 needs to be right: the draft has to foresee what the target writes, and what it writes where it knows nothing is as good
-a thing to learn.
-``report/comparison.csv`` is the table: ``seeds`` pooled.
+a thing to learn. ``report/comparison.csv`` is the table: ``seeds`` pooled.
 
-Measured in nine minutes on one core, three seeds, greedy, γ 3, changes of block efficiency with their 95 % intervals.
+Measured in 13 minutes on one core, three seeds, greedy, γ 3, changes of block efficiency with their 95 % intervals.
 Distilled on Python against pretrained: open +9 % (4 to 15), summary +21 % (13 to 31), code +18 % (10 to 28), text +9 %
 (-2 to 20), and numbers, which nobody taught it, +32 % (13 to 59): what it learns of the target's habits goes beyond the
 domain. To most foreign prompts the small target says nothing, so they tell little; distilling on them too costs nothing
