@@ -65,10 +65,10 @@ def seeds_of(seeds: int | None, default: int = 1) -> range:
     return range(default if seeds is None else seeds)
 
 
-def task(kind: str, name: str = "", limit: int = 24, **decoding) -> Task:
+def task(kind: str, limit: int = 24, **decoding) -> Task:
     """Held-out prompts of a kind."""
     prompts = {
         "text": Continuations(Passages(PythonLibrary("text", split="eval"), "all", 600), limit, max_tokens=PROMPT),
         "translate": PromptFile(str(HERE / "prompts" / "translate.jsonl"), limit=limit),
     }.get(kind) or PythonTask(kind, split="eval", limit=limit, max_tokens=PROMPT)  # type: ignore[arg-type]
-    return Task(name or kind, prompts, max_new_tokens=ANSWER, **decoding)
+    return Task(kind, prompts, max_new_tokens=ANSWER, **decoding)

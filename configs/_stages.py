@@ -4,27 +4,12 @@ import _fastdraft as fd
 import _python as small
 
 from jaxdraft.data.magpie import Magpie
-from jaxdraft.recipe import Export, Generate, Recipe, Reproduction, Subset, Train, Written
+from jaxdraft.recipe import Export, Recipe, Reproduction, Train, Written
 
 
 def stages_of(size: fd.Size, draft: str, title: str, reproduces: tuple[Reproduction, ...], seeds: int | None) -> Recipe:
     """5 BT of text; 5 BT of code with 2.5 BT of text; cross-entropy on what the target answers."""
-    written = (
-        (
-            Generate(
-                "instructions",
-                prompts=(Magpie(size.magpie),),
-                temperatures=(1.0,),  # Magpie's
-                top_p=1.0,
-                max_new_tokens=fd.PROMPT,
-                length=size.length,
-                batch_size=size.generate_batch,
-                shard_size=8 * size.generate_batch,
-            ),
-        )
-        if size.magpie
-        else ()
-    )
+    written = (fd.answers(size, "instructions", (Magpie(size.magpie),), (1.0,)),) if size.magpie else ()
     prompts = (*size.alignment, *(Written("instructions") for _ in written))
     drafts: list[Train] = []
     for seed in small.seeds_of(seeds, size.seeds):
@@ -44,7 +29,7 @@ def stages_of(size: fd.Size, draft: str, title: str, reproduces: tuple[Reproduct
         stages=(
             fd.rows(size, "text", 5),
             fd.rows(size, "code", 5),
-            Subset("text-2500M", data="text", tokens=round(2.5 * size.billion)),
+            fd.sample(size, "text", 2.5),
             *written,
             fd.answers(size, "responses", prompts, (0.0, 0.6, 0.8, 1.0)),
             *drafts,

@@ -1,6 +1,6 @@
 """What the sweeps run on: the small target of `_python.py` and its tasks, or any target and any text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import _python as small
@@ -9,6 +9,7 @@ from jaxdraft.data.passages import Beginnings, Passages
 from jaxdraft.data.sources import Text
 from jaxdraft.evaluate.tasks import Task
 from jaxdraft.losses import CrossEntropy, Loss, TVDPlusPlus
+from jaxdraft.models import ModelConfig
 from jaxdraft.recipe import Generate, Prepare, TopK, Train
 
 
@@ -82,3 +83,16 @@ def _train(
         probe_block_sizes=(),
         **settings,
     )
+
+
+def shaped(shapes: Mapping[str, ModelConfig], seeds: int, pretrain_steps: int, distil_steps: int) -> list[Train]:
+    """Drafts of each shape and seed, pretrained and distilled alike."""
+    drafts: list[Train] = []
+    for seed in small.seeds_of(seeds):
+        for name, model in shapes.items():
+            start = f"pretrain-{name}-{seed}"
+            drafts += [
+                pretrain(start, pretrain_steps, model=model, seed=seed),
+                distil(f"{name}-{seed}", "responses", distil_steps, init=start, model=model, seed=seed),
+            ]
+    return drafts

@@ -26,7 +26,7 @@ import _python as small
 import _sweep as sweep
 
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
+from jaxdraft.recipe import Evaluate, HFModel, Recipe
 
 WINDOW = 64  # tokens, a third of a row
 
@@ -54,14 +54,7 @@ def recipe(
     seeds: int = 2,
 ):
     ground, families = sweep.ground(text), shapes(hidden_size)
-    drafts: list[Train] = []
-    for seed in small.seeds_of(seeds):
-        for family, shape in families.items():
-            start = f"pretrain-{family}-{seed}"
-            drafts += [
-                sweep.pretrain(start, pretrain_steps, model=shape, seed=seed),
-                sweep.distil(f"{family}-{seed}", "responses", distil_steps, init=start, model=shape, seed=seed),
-            ]
+    drafts = sweep.shaped(families, seeds, pretrain_steps, distil_steps)
     return Recipe(
         title="Does the family of a draft matter?",
         description="Drafts of four families' shapes and of equally many parameters, pretrained and distilled alike.",

@@ -15,7 +15,7 @@ import _python as small
 import _sweep as sweep
 
 from jaxdraft.models import ModelConfig
-from jaxdraft.recipe import Evaluate, HFModel, Recipe, Train
+from jaxdraft.recipe import Evaluate, HFModel, Recipe
 
 SIZES = ((32, 1), (64, 1), (96, 1), (128, 1), (192, 1))  # width and layers, from 1.5 % of the small target up
 
@@ -39,15 +39,8 @@ def recipe(
     seeds: int = 2,
 ):
     ground = sweep.ground(text, limit=12)
-    drafts: list[Train] = []
-    for seed in small.seeds_of(seeds):
-        for size in SIZES:
-            name, model = "h{}l{}".format(*size), shape(*size)
-            start = f"pretrain-{name}-{seed}"
-            drafts += [
-                sweep.pretrain(start, pretrain_steps, model=model, seed=seed),
-                sweep.distil(f"{name}-{seed}", "responses", distil_steps, init=start, model=model, seed=seed),
-            ]
+    shapes = {"h{}l{}".format(*size): shape(*size) for size in SIZES}
+    drafts = sweep.shaped(shapes, seeds, pretrain_steps, distil_steps)
     return Recipe(
         title="How large should a draft be?",
         description="Drafts from 1 to 20 % of the target, pretrained and distilled alike: speed-up against size.",

@@ -95,9 +95,8 @@ def _sums(drafts: Sequence[Answers], prompts: Sequence[str], metric: str) -> lis
     return [np.array([[each[key] for each in draft] for draft in counts]) for key in RATIOS[metric]]
 
 
-def change_table(found: Reproduced) -> Table:
+def change_table(found: Reproduced, every: Sequence[Change]) -> Table:
     """Rows down, columns across; the paper's change below ours. Empty where there is nothing to compare."""
-    every = changes(found)
     columns = [column for column in found.columns if any(change.column == column for change in every)]
     lines = []
     for pair in dict.fromkeys((change.row, change.base) for change in every):
@@ -114,7 +113,7 @@ def _cell(found: Reproduced, change: Change | None) -> Cell:
     return Cell(f"{change.value:+.1%}", f"{low} to {high}", beside=beside)
 
 
-def change_rows(found: Reproduced) -> list[dict[str, Any]]:
+def change_rows(found: Reproduced, every: Sequence[Change]) -> list[dict[str, Any]]:
     """The same as lines of a CSV file."""
     return [
         {
@@ -125,5 +124,5 @@ def change_rows(found: Reproduced) -> list[dict[str, Any]]:
             "change_ci95": list(change.ci95),
             found.theirs: change.theirs,
         }
-        for change in changes(found)
+        for change in every
     ]

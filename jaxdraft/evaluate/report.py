@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxdraft.evaluate.changes import change_rows, change_table
+from jaxdraft.evaluate.changes import change_rows, change_table, changes
 from jaxdraft.evaluate.collect import RunDirectory, read_run
 from jaxdraft.evaluate.comparison import compare, fewer_drafts
 from jaxdraft.evaluate.dataset_report import (
@@ -61,6 +61,7 @@ def write_report(workdir: Path) -> Path:
     run = read_run(Path(workdir))
     summary, comparison = summarise(run), compare(run)
     reproduced = reproductions(run, comparison)
+    changed = {exhibit.slug: changes(exhibit) for exhibit in reproduced}
     few = fewer_drafts(run, summary.baseline)
     sizes = size_rows(run)
     found = {
@@ -74,7 +75,7 @@ def write_report(workdir: Path) -> Path:
             "paper": exhibit.paper,
             "csv": f"{exhibit.slug}.csv",
             "results": result_tables(exhibit),
-            "changes": change_table(exhibit),
+            "changes": change_table(exhibit, changed[exhibit.slug]),
             "differences": differences(exhibit),
             "agreements": agreements(exhibit),
             "notes": exhibit.notes,
@@ -96,7 +97,7 @@ def write_report(workdir: Path) -> Path:
         | dataset_csvs(run.stages)
         | {"sizes": sizes}
         | {e.slug: csv_rows(e) for e in reproduced}
-        | {f"{e.slug}_changes": lines for e in reproduced if (lines := change_rows(e))},
+        | {f"{e.slug}_changes": lines for e in reproduced if (lines := change_rows(e, changed[e.slug]))},
     )
     (partial / "report.md").write_text(markdown(context), encoding="utf-8")
     (partial / "index.html").write_text(_page(context), encoding="utf-8")
