@@ -1,10 +1,10 @@
-"""Puts the papers' tables of finished runs into configs/RESULTS.md, ours beside theirs, as each run's report has them,
-and what became of the papers' claims there and into README.md.
+"""Puts the tables of finished runs into configs/RESULTS.md as each run's report has them, of a paper's recipe ours beside
+the paper's, and what became of the papers' claims there and into README.md.
 
     jaxdraft run fastdraft_losses --workdir runs/fastdraft_losses --set scale=small
     python -m tests.results runs/fastdraft_losses
 
-A run's folder bears its recipe's name. What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced, what
+A run's folder bears the name of its place, a recipe's. What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced, what
 people wrote around it is kept.
 """
 
@@ -95,6 +95,7 @@ CLAIMS = [
     ),
 ]
 BLOCK_SIZE = 3
+TITLES = ("Direct Alignment, ", "FastDraft, "), "Speed-up over the size", "Seeds pooled: "  # the first that there are
 
 
 def claims(folder: Path) -> str:
@@ -118,7 +119,7 @@ def claims(folder: Path) -> str:
 
 
 def section(run: Path) -> str:
-    """Tables and notes of each exhibit that the run reproduces, with the command, the seeds and the time it took."""
+    """Tables and notes of what the run reproduces or sweeps, with the command, the seeds and the time it took."""
     stages = [json.loads(file.read_text("utf-8")) for file in run.glob("*/stage.json")]
     record = json.loads((run / "run.json").read_text("utf-8"))
     unfinished = [stage["name"] for stage in stages if stage["status"] != "done"]
@@ -126,13 +127,14 @@ def section(run: Path) -> str:
         raise SystemExit(f"{run}: {', '.join(unfinished)} not done: run its recipe again")
     minutes = sum(stage["seconds"] for stage in stages) / 60
     seeds = sorted({stage["settings"]["seed"] for stage in stages if stage["kind"] == "Train"})
-    settings = " ".join(re.sub(r".*/", "", word) if "/" in word else word for word in record["command"][1:])
+    settings = " ".join(re.sub(r"[^=]*/", "", word) for word in record["command"][1:])
     settings = settings.replace(f"--workdir {run.name}", f"--workdir runs/{run.name}")
     packages = f"Python {record['python']}, jax {record['packages']['jax']}"
     head = f"`jaxdraft {settings}`: {minutes:.0f} minutes ({packages}), seeds {', '.join(map(str, seeds))}."
     report = (run / "report" / "report.md").read_text("utf-8")
-    parts = [part for part in re.split(r"^## ", report, flags=re.MULTILINE) if part.startswith(("Direct A", "FastD"))]
-    return "\n\n".join([head, *(_exhibit(part) for part in parts)])
+    parts = re.split(r"^## ", report, flags=re.MULTILINE)
+    kinds = ([part for part in parts if part.startswith(titles)] for titles in TITLES)
+    return "\n\n".join([head, *map(_exhibit, next(filter(None, kinds)))])
 
 
 def _exhibit(part: str) -> str:

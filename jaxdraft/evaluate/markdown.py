@@ -67,7 +67,8 @@ def _parts(context: Mapping[str, Any]) -> Iterator[str]:
     yield from _gallery("Block efficiency over checkpoints", pictures["checkpoints"])
     yield from _gallery("Acceptance by position", pictures["positions"])
     yield from _gallery("Acceptance by class of token", pictures["classes"])
-    yield from _gallery("Speed-up over the size of the draft", pictures["sizes"])
+    yield from _section("Speed-up over the size of the draft", context["sizes"])
+    yield _images(pictures["sizes"])
     yield from _section(f"Speed with {summary.best}", context["speed"], context["latencies"], context["block_sizes"])
     yield _images([*pictures["speed"], *pictures["best_block_size"]])
 

@@ -35,7 +35,7 @@ from jaxdraft.evaluate.plotting import Picture, looks
 from jaxdraft.evaluate.reproduction import csv_rows, reproductions, result_tables
 from jaxdraft.evaluate.samples import first_of_each_task, samples, viewer
 from jaxdraft.evaluate.set_up import agreements, differences
-from jaxdraft.evaluate.sizes import size_pictures, size_rows
+from jaxdraft.evaluate.sizes import size_pictures, size_rows, size_table
 from jaxdraft.evaluate.tables import (
     block_size_table,
     comparison_tables,
@@ -84,7 +84,7 @@ def write_report(workdir: Path) -> Path:
         for exhibit in reproduced
     ]
     context = _context(run, few, summary) | {"pictures": found, "papers": papers}
-    context["comparison"] = comparison_tables(comparison)
+    context |= {"comparison": comparison_tables(comparison), "sizes": size_table(sizes)}
 
     partial = run.folder / "report.partial"
     shutil.rmtree(partial, ignore_errors=True)

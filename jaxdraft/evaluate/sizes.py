@@ -8,6 +8,7 @@ from jaxdraft.evaluate import plotting
 from jaxdraft.evaluate.collect import RunDirectory
 from jaxdraft.evaluate.comparison import group_by_seed
 from jaxdraft.evaluate.plotting import COLOURS, INK, MARKERS, Picture, legend, mark_target_alone
+from jaxdraft.evaluate.tables import Cell, Table, headings
 from jaxdraft.evaluate.words import decoding, number
 
 _FEWEST = 3  # sizes
@@ -20,7 +21,7 @@ def size_rows(run: RunDirectory) -> list[dict[str, Any]]:
 
     Each has ``draft, seeds, parameters``, ``ratio`` (c, of the target's parameters) and, where it was measured, the
     mean over seeds of ``mbsu``, ``measured_speedup`` and ``predicted_speedup`` at the γ where that mean is highest,
-    ``…_block_size``; ``block_efficiency`` is at MBSU's.
+    ``…_block_size``, and from which to which seed, ``…_range``; ``block_efficiency`` is at MBSU's γ.
     """
     distilled = {stage.name for stage in run.stages if stage.distilled}
     groups = group_by_seed(run, [draft for draft in run.drafts if draft in distilled and draft in run.parameters])
@@ -45,7 +46,8 @@ def size_rows(run: RunDirectory) -> list[dict[str, Any]]:
             row |= _best("mbsu", mine, "mbsu") | _best("measured_speedup", mine, "token_rate_ratio")
             row |= _best("predicted_speedup", predicted, "predicted_speedup")
             if "mbsu" in row:
-                row["block_efficiency"] = _means(mine, "block_efficiency")[row["mbsu_block_size"]]
+                taus = _by_block_size(mine, "block_efficiency")[row["mbsu_block_size"]]
+                row |= {"block_efficiency": statistics.fmean(taus), "block_efficiency_range": [min(taus), max(taus)]}
             rows.append(row)
     return rows
 
@@ -55,28 +57,65 @@ def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _best(name: str, rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    means = _means(rows, metric)
-    if not means:
+    values = _by_block_size(rows, metric)
+    if not values:
         return {}
-    block_size = max(means, key=means.__getitem__)
-    return {name: means[block_size], f"{name}_block_size": block_size}
+    block_size = max(values, key=lambda size: statistics.fmean(values[size]))
+    of_seeds = values[block_size]
+    ends = [min(of_seeds), max(of_seeds)]
+    return {name: statistics.fmean(of_seeds), f"{name}_range": ends, f"{name}_block_size": block_size}
 
 
-def _means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """By block size."""
+def _by_block_size(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, list[float]]:
+    """The values of all seeds."""
     values: dict[int, list[float]] = {}
     for row in rows:
         if row.get(metric) is not None:
             values.setdefault(row["block_size"], []).append(row[metric])
-    return {block_size: statistics.fmean(found) for block_size, found in values.items()}
+    return values
+
+
+def size_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """``size_rows`` by task, the fastest draft of each marked."""
+    columns = {
+        Cell("Block efficiency", "at the γ of MBSU"): "block_efficiency",
+        Cell("MBSU"): "mbsu",
+        Cell("Speed-up", "measured"): "measured_speedup",
+        Cell("Speed-up", "predicted"): "predicted_speedup",
+    }
+    lines = []
+    for found in _by_setting(rows):
+        best = {metric: max((row[metric] for row in found if metric in row), default=None) for metric in _SHOWN}
+        for row in found:
+            batch = f", batch {row['batch_size']}" if row["batch_size"] else ""
+            names = [
+                Cell(row["task"], f"{decoding(row)}{batch}"),
+                Cell(row["draft"], f"{row['ratio']:.1%} of the target"),
+            ]
+            lines.append([*names, *(_at_best(row, metric, best.get(metric)) for metric in columns.values())])
+    return Table([*headings("Task", "Draft"), *columns], lines, names=2)
+
+
+def _at_best(row: Mapping[str, Any], metric: str, best: float | None) -> Cell:
+    """A mean, from which to which seed, and its γ."""
+    if metric not in row:
+        return Cell("–")
+    low, high = row[f"{metric}_range"]
+    block_size = row.get(f"{metric}_block_size")
+    of_seeds = f"{number(low)} – {number(high)}"
+    return Cell(number(row[metric]), of_seeds, row[metric] == best, f"γ = {block_size}" if block_size else "")
 
 
 def size_pictures(rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
     """A figure for each task, decoding setting and batch size of ``size_rows``."""
+    return [_draw(f"sizes_{i}.png", found) for i, found in enumerate(_by_setting(rows), start=1)]
+
+
+def _by_setting(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(_setting(row), []).append(row)
-    return [_draw(f"sizes_{i}.png", found) for i, found in enumerate(groups.values(), start=1)]
+    return list(groups.values())
 
 
 def _draw(file: str, rows: Sequence[Mapping[str, Any]]) -> Picture:
@@ -94,8 +133,9 @@ def _draw(file: str, rows: Sequence[Mapping[str, Any]]) -> Picture:
                 continue
             best = max(points, key=lambda row: row[metric])
             said = f"{name}: {number(best[metric])}× at {best['ratio']:.1%}, γ = {best[f'{metric}_block_size']}"
-            places = [row["ratio"] for row in points], [row[metric] for row in points]
-            axes.plot(*places, color=colour, marker=marker, markersize=4, label=said)
+            shares, means = [row["ratio"] for row in points], [row[metric] for row in points]
+            axes.plot(shares, means, color=colour, marker=marker, markersize=4, label=said)
+            axes.vlines(shares, *zip(*(row[f"{metric}_range"] for row in points), strict=True), color=colour, alpha=0.4)
             star = {"color": colour, "markersize": 12, "markeredgecolor": INK, "markeredgewidth": 0.6, "zorder": 4}
             axes.plot(best["ratio"], best[metric], "*", **star)
         mark_target_alone(axes)

@@ -309,10 +309,10 @@ def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Intervals as two columns, anything else that is not a scalar as JSON."""
+    """Intervals and ranges as two columns, anything else that is not a scalar as JSON."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
-        if key.endswith("_ci95") and value:
+        if key.endswith(("_ci95", "_range")) and value:
             flat[f"{key}_low"], flat[f"{key}_high"] = value
         else:
             flat[key] = json.dumps(value) if isinstance(value, list | dict) else value

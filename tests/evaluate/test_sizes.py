@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxdraft.evaluate.collect import read_run
-from jaxdraft.evaluate.sizes import size_pictures, size_rows
+from jaxdraft.evaluate.sizes import size_pictures, size_rows, size_table
+from jaxdraft.evaluate.tables import Cell
 
 SETTING = {"task": "open", "temperature": 0.0, "top_p": 1.0, "batch_size": 1}
 
@@ -52,9 +53,29 @@ def test_each_size_at_its_best_block_size(tmp_path: Path) -> None:
         ("h150", 0.15, 2),
     ]
     for row in rows:
-        assert (row["mbsu"], row["mbsu_block_size"]) == (pytest.approx(1.9), 3)
+        assert (row["mbsu"], row["mbsu_range"], row["mbsu_block_size"]) == (pytest.approx(1.9), [1.4, 2.4], 3)
         assert (row["measured_speedup"], row["measured_speedup_block_size"]) == (pytest.approx(0.9), 1)
     assert [picture.file for picture in size_pictures(rows)] == ["sizes_1.png"]
+
+
+def test_the_table_marks_the_fastest_at_its_block_size(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, (20, 60, 150)))
+    for row in run.results:
+        if row["draft"].startswith("h60"):
+            row["mbsu"] += 1
+    table = size_table(size_rows(run))
+    assert [(row[1].text, row[1].detail) for row in table.rows] == [
+        ("h20", "2.0% of the target"),
+        ("h60", "6.0% of the target"),
+        ("h150", "15.0% of the target"),
+    ]
+    assert [row[3] for row in table.rows] == [
+        Cell("1.90", "1.40 – 2.40", False, "γ = 3"),
+        Cell("2.90", "2.40 – 3.40", True, "γ = 3"),
+        Cell("1.90", "1.40 – 2.40", False, "γ = 3"),
+    ]
+    assert table.rows[0][2] == Cell("2.00", "2.00 – 2.00")
+    assert table.rows[0][5] == Cell("–")  # nothing was predicted
 
 
 def test_two_sizes_are_no_curve(tmp_path: Path) -> None:
