@@ -1,11 +1,11 @@
-"""Puts the tables of finished runs into configs/RESULTS.md as each run's report has them, of a paper's recipe ours beside
-the paper's, and what became of the papers' claims there and into README.md.
+"""Puts the tables of finished runs into configs/RESULTS.md, as the report of each has them: of papers, with the numbers
+that they print. What became of their claims goes there too, and into README.md.
 
     jaxdraft run fastdraft_losses --workdir runs/fastdraft_losses --set scale=small
     python -m tests.results runs/fastdraft_losses
 
-A run's folder bears the name of its place, a recipe's. What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced, what
-people wrote around it is kept.
+A run's folder bears the name of its place, which is its recipe's. What stands between ``<!-- NAME -->`` and
+``<!-- /NAME -->`` is replaced, what people wrote around it is kept.
 """
 
 import json
