@@ -9,8 +9,8 @@ neither it nor the small target has seen any, and sequences of numbers. A second
 target's answers to translations as well. The prompts in ``configs/prompts`` are few: those of even number are for
 distillation, those of odd number for measuring (12 German, 4 of each other language: intervals are wide). No answer
 needs to be right: the draft has to foresee what the target writes, and what it writes where it knows nothing is as good
-a thing to learn. ``report/comparison.csv`` is the table: ``seeds`` pooled. What it says of the small target, in a quarter
-of an hour on one core: ``configs/RESULTS.md``.
+a thing to learn. ``report/comparison.csv`` is the table: ``seeds`` pooled. What it said of the small target, after a
+quarter of an hour on one core, stands in ``configs/RESULTS.md``.
 """
 
 import json
