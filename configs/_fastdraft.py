@@ -106,14 +106,7 @@ SMALL = Size(
     oig=small.PROMPTS,
     alignment=small.PROMPTS,
     magpie=0,
-    originals=Prepare(
-        "originals",
-        sources=(
-            PythonLibrary("instructions", split="seed"),
-            *(PythonLibrary(part, split="seed") for part in small.PASSAGES),
-        ),
-        length=small.LENGTH,
-    ),
+    originals=Prepare("originals", sources=small.PROMPTS, length=small.LENGTH, labels="references"),
     perplexity=PythonLibrary("text", split="eval"),
     tasks={
         "cnn-dailymail": small.task("summary"),

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxdraft.context import Context
-from jaxdraft.data.chunks import Chunk, Conversations, Documents, Form, Part, chunks, in_order
+from jaxdraft.data.chunks import Chunk, Conversations, Documents, Form, Part, References, chunks, in_order
 from jaxdraft.data.pipeline import sample
 from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.data.records import FORMAT, MANIFEST, Block, Format, shard_name, write_manifest, write_rows, write_shard
@@ -233,6 +233,8 @@ def _form(stage: Prepare, context: Context) -> tuple[Form, str]:
     """How the text becomes rows, and what a piece of it is called."""
     if stage.labels is None:
         return Documents(context.tokenizer, stage.length, stage.segments), "document"
+    if stage.labels == "references":
+        return References(context.tokenizer, stage.length), "prompt"
     eos_ids = context.target_config().eos_ids
     return Conversations(context.tokenizer, stage.length, stage.labels, eos_ids), "conversation"
 

@@ -43,7 +43,7 @@ class TrainTokenizer(Stage):
 class Prepare(Stage):
     """Text -> packed rows of fixed length: tokenise, append EOS, concatenate, cut (Direct Alignment, A.4).
 
-    With ``labels`` conversations become rows instead.
+    With ``labels`` conversations, or prompts with known answers, become rows instead.
 
     All processes of a run take part, each on a part of the text; the rows depend on neither their number nor that of
     ``workers``.
@@ -55,7 +55,9 @@ class Prepare(Stage):
         ``None`` takes all text.
       labels: ``None`` packs documents. Else the sources' ``conversations()`` are packed, in the words of the target's
         chat template and each whole in a row: FastDraft's arm of original answers, and ordinary fine-tuning.
-        ``"assistant"`` has the assistant's turns as labels, ``"all"`` every token.
+        ``"assistant"`` has the assistant's turns as labels, ``"all"`` every token. ``"references"`` packs the sources'
+        ``prompts()``, each whole with its reference and EOS behind it, which are the labels: the same for a target
+        without a chat template.
       segments: documents of a row are kept apart: attention does not see the one before, positions begin anew, and no
         document's first token is a label, as it is when the draft will be used. ``False`` is plain concatenation: a row
         is one text, whose positions run over the document ends in it, and a document is predicted from what happens to
@@ -68,7 +70,7 @@ class Prepare(Stage):
     length: int
     tokens: float | None = None
     segments: bool = True
-    labels: Literal["assistant", "all"] | None = None
+    labels: Literal["assistant", "all", "references"] | None = None
     workers: int | None = dataclasses.field(default=None, compare=False)
     keeps_parts: ClassVar[bool] = True
 
@@ -76,8 +78,11 @@ class Prepare(Stage):
         if self.length < 2:
             raise ConfigError(f"{self.name}: length is {self.length}: a row needs at least 2 tokens")
         if self.labels is not None and not self.segments:
-            raise ConfigError(f"{self.name}: segments is False: conversations (labels={self.labels!r}) are kept apart")
-        wanted, remedy = ("documents", "give labels") if self.labels is None else ("conversations", "leave labels out")
+            raise ConfigError(f"{self.name}: segments is False: with labels={self.labels!r} examples are kept apart")
+        wanted, remedy = {
+            None: ("documents", "give labels"),
+            "references": ("prompts", "leave labels out"),
+        }.get(self.labels, ("conversations", "leave labels out"))
         for source in self.sources:
             if not callable(getattr(source, wanted, None)):
                 raise ConfigError(

@@ -18,6 +18,7 @@ from jaxdraft import prepare
 from jaxdraft.data import chunks
 from jaxdraft.data.conversations import Conversation, labelled
 from jaxdraft.data.pipeline import sample
+from jaxdraft.data.prompts import PromptList
 from jaxdraft.data.quarantine import Rejected
 from jaxdraft.data.records import PackedRows, write_rows
 from jaxdraft.data.sources import Text
@@ -88,6 +89,17 @@ def times(folder):
 
 def stacked(rows):
     return {key: np.stack([rows[i][key] for i in range(len(rows))]) for key in rows[0]}
+
+
+def segments(rows):
+    """Tokens and mask of each."""
+    found = []
+    for i in range(len(rows)):
+        row = rows[i]
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            place = row["segment_ids"] == segment
+            found.append((row["tokens"][place].tolist(), row["loss_mask"][place].tolist()))
+    return found
 
 
 def test_any_number_of_workers_gives_the_same_bytes(folder, small_units):
@@ -451,15 +463,39 @@ def test_conversations_stay_whole(shared_data, tmp_path, small_units, labels):
             expected.append(labelled(tokenizer, conversation.messages, labels, eos_ids=(32007, 32000)))
         except ChatTemplateError:
             refused += 1
-    found = []
-    for i in range(len(rows)):
-        row = rows[i]
-        for segment in range(1, int(row["segment_ids"].max()) + 1):
-            place = row["segment_ids"] == segment
-            found.append((row["tokens"][place].tolist(), row["loss_mask"][place].tolist()))
-    assert sorted(found) == sorted((tokens, [0, *mask[1:]]) for tokens, mask in expected)
+    assert sorted(segments(rows)) == sorted((tokens, [0, *mask[1:]]) for tokens, mask in expected)
     assert rows.manifest["counts"]["examples"] == len(expected)
     assert sum(rows.manifest.get("quarantined", {}).values()) == refused == (10 if labels == "assistant" else 0)
+
+
+ASKED = [
+    {"id": "one", "prompt": "Name a fruit:", "reference": " an apple"},
+    {"id": "merged", "prompt": "tell me the sto", "reference": "ry of a long walk " * 3},
+    {"id": "none", "prompt": "Name a colour:"},
+    {"id": "two", "prompt": "### Input:\ndef f(x):\n", "reference": "    return x + 1\n"},
+]
+
+
+def test_prompts_with_references_are_rows_of_their_answers(folder, small_units):
+    stage = Prepare("corpus", sources=(PromptList(ASKED),), length=LENGTH, labels="references")
+    rows = prepared(folder, stage)
+    tokenizer = load_tokenizer(folder / "run" / "tokenizer")
+    expected = []
+    for row in ASKED:
+        if "reference" in row:
+            asked, whole = tokenizer.encode(row["prompt"]), tokenizer.encode(row["prompt"] + row["reference"])
+            known = len(asked) - (whole[: len(asked)] != asked)  # of "sto|ry" the last token may be another
+            assert whole[:known] == asked[:known]
+            expected.append(([*whole, tokenizer.eos_id], [0] * known + [1] * (len(whole) - known + 1)))
+    assert sorted(segments(rows)) == sorted(expected)
+    assert rows.manifest["quarantined"] == {"no reference": 1}
+
+
+def test_a_conversation_is_no_prompt_with_a_reference(shared_data):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
+    asked = PromptList([{"messages": [{"role": "user", "content": "Hello"}], "reference": "Hi"}])
+    (found,) = chunks.References(tokenizer, LENGTH).read(asked)
+    assert found == Rejected("prompt 1", 'a conversation: labels="assistant" packs those')
 
 
 def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_path, small_units):
@@ -508,6 +544,8 @@ def test_conversations_are_asked_for_where_there_are_some():
         corpus("text.jsonl", labels="assistant")
     with pytest.raises(ConfigError, match=r"corpus: Dialogues has no documents\(\): give labels"):
         Prepare("corpus", sources=(Dialogues(),), length=LENGTH)
+    with pytest.raises(ConfigError, match=r"corpus: Dialogues has no prompts\(\): leave labels out"):
+        Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="references")
     with pytest.raises(ConfigError, match="segments is False"):
         Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="all", segments=False)
 

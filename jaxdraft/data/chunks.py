@@ -1,7 +1,7 @@
 """Text in chunks, which are tokenised one by one in any order, and packed in theirs.
 
 Chunks and units of chunks end where the text alone says so. What a chunk holds is documents, which are concatenated and
-cut, or conversations, which stay whole.
+cut, or conversations or answered prompts, which stay whole.
 """
 
 import collections
@@ -14,11 +14,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+
 from jaxdraft.data.conversations import Conversation, labelled
 from jaxdraft.data.pipeline import Encoded, encode, pack_concatenate, pack_whole
+from jaxdraft.data.prompts import Prompt
 from jaxdraft.data.quarantine import Quarantine, Rejected
 from jaxdraft.data.records import Block
-from jaxdraft.tokenizers import ChatTemplateError, Tokenizer
+from jaxdraft.tokenizers import ChatTemplateError, Tokenizer, common_prefix
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -148,12 +151,56 @@ class Conversations:
         return Part(sum(len(example["tokens"]) for example in examples), examples, rejected)
 
     def pack(self, parts: Iterable[Part], counts: Counter[str], rows: int) -> Iterator[Block]:
-        examples = itertools.chain.from_iterable(part.content for part in parts)
-        made = 0
-        for row in itertools.islice(pack_whole(examples, self.length, counts), rows):
-            made += 1
-            yield {name: values[None] for name, values in row.items()}
-        counts["dropped_tokens"] += counts["tokens"] + counts["padding"] - made * self.length
+        return _pack_examples(parts, self.length, counts, rows)
+
+
+@dataclass(frozen=True)
+class References:
+    """The prompts of sources with their references as the answers, each whole in a row; answer and EOS are the labels.
+
+    A token that reaches over the border between prompt and answer counts as the answer's.
+    """
+
+    tokenizer: Tokenizer
+    length: int
+
+    @property
+    def settings(self) -> list[Any]:
+        return [self.tokenizer.fingerprint(), self.length, "references"]
+
+    def read(self, source: Any) -> Iterator[Prompt | Rejected]:
+        for prompt in source.prompts(self.tokenizer):
+            if isinstance(prompt, Prompt) and prompt.messages is not None:
+                yield Rejected(f"prompt {prompt.id}", 'a conversation: labels="assistant" packs those')
+            elif isinstance(prompt, Prompt) and not prompt.reference:
+                yield Rejected(f"prompt {prompt.id}", "no reference")
+            else:
+                yield prompt
+
+    def text(self, item: Prompt) -> str:
+        return json.dumps([item.id, item.text, item.reference])
+
+    def encode(self, items: Sequence[Prompt]) -> Part:
+        answered = encode([f"{prompt.text}{prompt.reference}" for prompt in items], self.tokenizer)
+        ends = np.cumsum(answered.lengths)[:-1]
+        examples = []
+        for prompt, ids in zip(items, np.split(answered.tokens, ends), strict=True):
+            tokens = ids.tolist()
+            asked = common_prefix(prompt.tokens, tokens)
+            examples.append({"tokens": tokens, "loss_mask": [0] * asked + [1] * (len(tokens) - asked)})
+        return Part(len(answered.tokens), examples)
+
+    def pack(self, parts: Iterable[Part], counts: Counter[str], rows: int) -> Iterator[Block]:
+        return _pack_examples(parts, self.length, counts, rows)
+
+
+def _pack_examples(parts: Iterable[Part], length: int, counts: Counter[str], rows: int) -> Iterator[Block]:
+    examples = itertools.chain.from_iterable(part.content for part in parts)
+    made = 0
+    for row in itertools.islice(pack_whole(examples, length, counts), rows):
+        made += 1
+        yield {name: values[None] for name, values in row.items()}
+    counts["dropped_tokens"] += counts["tokens"] + counts["padding"] - made * length
 
 
 def chunks(sources: Sequence[Any], form: Form) -> Iterator[Chunk]:
