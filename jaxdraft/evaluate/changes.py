@@ -73,16 +73,23 @@ class Pairs:
 
 
 def changes(found: Reproduced) -> list[Change]:
-    """Every row against the first and against the one above it, of those whose drafts are of its size."""
+    """Every row against the first and against the one above it, of those whose drafts are of its size.
+
+    MBSU and block efficiency change alike: they are told once, in the first of their columns.
+    """
     pairs, sizes = Pairs(found.run), {draft: known["ratio"] for draft, known in found.run.parameters.items()}
     every = []
     for i, (row, draft) in enumerate(found.rows):
         alike = [other for other in found.rows[:i] if sizes.get(other[1]) == sizes.get(draft)]
         for base, base_draft in alike[:1] if len(alike) < 2 else (alike[0], alike[-1]):
+            told: set[tuple[str, Setting]] = set()
             for column in found.columns:
                 result = found.cells.get((row.name, column), {}).get("result")
-                metric = _MEASURED.get(column.metric, column.metric)
-                change = pairs.change(metric, setting_of(result), draft, base_draft) if result else None
+                if result is None:
+                    continue
+                asked = _MEASURED.get(column.metric, column.metric), setting_of(result)
+                change = None if asked in told else pairs.change(*asked, draft, base_draft)
+                told.add(asked)
                 if change is not None:
                     theirs, theirs_base = found.printed(row, column), found.printed(base, column)
                     printed = theirs / theirs_base - 1 if theirs is not None and theirs_base else None

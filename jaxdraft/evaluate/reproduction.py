@@ -225,8 +225,12 @@ def _table(found: Reproduced, columns: Sequence[Column]) -> Table:
 
 def heading(found: Reproduced, column: Column) -> Cell:
     """What a column of the exhibit says: the metric, or the task and how it is decoded."""
+    if column.metric == "perplexity":
+        theirs, ours = TASKS[str(column.task)], [known["text"] for known in found.run.perplexity.values()][:1]
+        stands_in = ours and not ours[0].startswith(str(column.task))
+        return Cell(METRICS[column.metric].name, f"{ours[0]} for {theirs}" if stands_in else theirs)
     if column.block_size is None:
-        return Cell(METRICS[column.metric].name, TASKS.get(str(column.task), ""))
+        return Cell(METRICS[column.metric].name)
     how = decoding({"temperature": column.temperature})
     return Cell(found.task_name(column), f"γ = {column.block_size}, {how}")
 
