@@ -21,11 +21,12 @@ oldest snapshots; attention does not see past the document (`segments`). How man
 answers were and how many updates distillation took it does not say: here all of OIG-small-chip2 and 10,000 of
 OpenAssistant, 256 tokens and 10,000 updates; nor does it name AdamW's betas (0.9/0.999), its decay (0.01) and any
 clipping of gradients (at 1). Its table 1 has 2048 as the target's hidden size, which is 4096. The rate of distillation
-falls to 1e-6 as well, by "same scheduler". TVD++ normalises at each position: `TVDPlusPlusGlobal` and
-`TVDPlusPlusLiteral` are other readings of eq. (1). It varies system prompts and prints none: here none, or the one that
-Meta first shipped with Llama 2. It does not say which prompts are measured: here 100 of each task. `scratch` is added:
-TVD++ without pretraining. Llama-2-7b-chat is gated (`hf auth login`), and its licence forbids to improve other models
-with its output (1.b.v), so the run asks for `--accept-license`.
+falls to 1e-6 as well, by "same scheduler"; warm-up begins at 0, and both are linear. The part of text has the same
+loss. TVD++ normalises at each position; the paper's mean and variance are "over the input sequences and the entire
+vocabulary", which is `TVDPlusPlusGlobal`, nearly TVD under Adam. It varies system prompts and prints none: here none,
+or the one that Meta first shipped with Llama 2. It does not say which prompts are measured: here 100 of each task.
+`scratch` is added: TVD++ without pretraining. Llama-2-7b-chat is gated (`hf auth login`), and its licence forbids to
+improve other models with its output (1.b.v), so the run asks for `--accept-license`.
 
 Small: the target, text and questions of `configs/_python.py`, three seeds of every draft. "open" is measured for Dolly,
 "summary" for XSum, "translate" for WMT18, nothing for CNN/DailyMail, and "code" beside them. `seeds` says how many.

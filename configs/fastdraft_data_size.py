@@ -9,8 +9,8 @@ pretrain on all 10 B, less on their parts, 0.1 to evaluate; storage 122 GB, 50 o
 Six uniform samples of FineWeb's, each a part of the next, one pass over each. The paper's numbers: acceptance of the
 50M draft on CNN/DailyMail at γ 3, greedy: 0.168, 0.304, 0.315, 0.347, 0.350, 0.325 for 0.1, 0.5, 1, 2, 5 and 10 B
 tokens; of the 120M draft 0.194, 0.322, 0.376, 0.391, 0.393, 0.381. Perplexity (of WikiText-2; the split it does not
-say: test here) still falls at 10 B, acceptance does not grow beyond 5 B. What differs is what `fastdraft_phi3_50m`
-says.
+say: test here) still falls at 10 B; acceptance on CNN/DailyMail and Dolly is highest at 1 to 5 B, on TinyStories it
+still grows. What differs is what `fastdraft_phi3_50m` says.
 """
 
 import _fastdraft as fd

@@ -8,9 +8,10 @@ most, 0.11 to pretrain, under 0.01 for each of five fine-tunings, 0.09 to evalua
 
 The draft pretrained on 5 B tokens, fine-tuned on what the target answers to OIG-small-chip2 at T 0.6, with
 cross-entropy, KL, TVD and halves of each with cross-entropy, from the target's 32 most likely tokens stored beside the
-text ("a small subset", which the paper does not number). The paper's numbers, acceptance on Dolly at γ 3, greedy, for
-CE, CE + KL, CE + TVD, KL and TVD: 0.370, 0.368, 0.370, 0.371, 0.362; at T 0.6: 0.352, 0.346, 0.347, 0.343, 0.344. What
-differs is what `fastdraft_phi3_50m` says. `loss_comparison` has every loss there is.
+text ("a small subset", which the paper does not number); what they leave is one more token's. The paper's numbers,
+acceptance on Dolly at γ 3, greedy, for CE, CE + KL, CE + TVD, KL and TVD: 0.370, 0.368, 0.370, 0.371, 0.362; at T 0.6:
+0.352, 0.346, 0.347, 0.343, 0.344. What differs is what `fastdraft_phi3_50m` says. `loss_comparison` has every loss
+there is.
 """
 
 import _fastdraft as fd

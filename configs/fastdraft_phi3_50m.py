@@ -14,16 +14,18 @@ target's answers to Alpaca, OIG-small-chip2, Evol-Instruct and instructions it w
 batches of 128 (A.3). Its numbers, acceptance at γ 3, greedy, after PT, CP and FT: CNN/DailyMail 0.350, 0.349, 0.399;
 TinyStories 0.295, 0.304, 0.321; Dolly 0.258, 0.244, 0.390; HumanEval 0.312, 0.672, 0.663.
 
-What differs. Rows of 2048 and answers of 512 tokens, 100,000 instructions of Magpie's, one pass over answers as long
-as 384 tokens with their prompts, A.3's settings for fine-tuning too and 100 prompts of each task (HumanEval: all 164)
-are ours: the paper does not say. Its Evol-Instruct was never given out: here a replication of 78,264. Text is the first
-of FineWeb's sample of 10 B, and the 2.5 B are among the 5 B pretrained on. Decay is AdamW's, for matrices alone, and
-gradients are clipped at 1. It trained in float16, this computes in bfloat16 on accelerators. The code's files come from
-Software Heritage's bucket (`EXTRAS=s3`, their agreement, AWS credentials).
+What differs. Rows of 2048 and answers of 512 tokens, 100,000 instructions of Magpie's, one pass over answers as long as
+384 tokens with their prompts, A.3's settings for fine-tuning too and 100 prompts of each task (HumanEval: all 164) are
+ours: the paper does not say. Its Evol-Instruct was never given out: here a replication of 78,264. Text is the first of
+FineWeb's sample of 10 B, code the first of its data set (the paper sampled 10 B of it), and the 2.5 B are among the 5 B
+pretrained on. Documents of a row do not see each other, and questions of more than 512 tokens are left out. Magpie's
+are written at T 1.0; HumanEval is asked as plain text, all else in the chat template. Decay is AdamW's, for matrices
+alone, and gradients are clipped at 1. It trained in float16, this computes in bfloat16 on accelerators. The code's
+files come from Software Heritage's bucket (`EXTRAS=s3`, their agreement, AWS credentials).
 
 Small: the target, text, code and questions of `configs/_python.py`, three seeds; 3e5 tokens for each of its billions.
-Batches are of 4 rows, of 12 where code and text are mixed; 400 updates on OIG's answers and 600 on all are what a
-minute allows, two passes and less than one.
+Batches are of 4 rows, of 12 where code and text are mixed (`fastdraft_code_mixes`: everywhere); 400 updates on OIG's
+answers and 600 on all are what a minute allows, four passes and one.
 """
 
 import _fastdraft as fd
