@@ -1,7 +1,7 @@
 """Direct Alignment (Goel et al. 2024, arXiv 2403.00858), whole: a 115M draft for Llama-2-7b-chat. Figures 1, 2 and 3.
 
-    jaxdraft run direct_alignment_llama2_115m --workdir runs/direct-alignment --accept-license
-    jaxdraft run direct_alignment_llama2_115m --workdir runs/direct-alignment-small --set scale=small
+    jaxdraft run direct_alignment_llama2_115m --workdir runs/direct_alignment_llama2_115m-full --accept-license
+    jaxdraft run direct_alignment_llama2_115m --workdir runs/direct_alignment_llama2_115m --set scale=small
 
 What it takes: 91 hours on eight TPU v5p, by `jaxdraft plan direct_alignment_llama2_115m --hardware 8xv5p`: 77 to
 pretrain, 5 for the answers at most, 2.2 for each of four distillations, 0.84 to evaluate; on eight H100 (`8xH100`) 44,

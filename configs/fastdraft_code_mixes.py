@@ -1,7 +1,7 @@
 """Code and text, mixed or one after the other: Figure 2 and Tables 8 to 13 of FastDraft (arXiv 2411.11055, 5.3, A.5).
 
-    jaxdraft run fastdraft_code_mixes --workdir runs/code-mixes
-    jaxdraft run fastdraft_code_mixes --workdir runs/code-mixes-small --set scale=small
+    jaxdraft run fastdraft_code_mixes --workdir runs/fastdraft_code_mixes-full
+    jaxdraft run fastdraft_code_mixes --workdir runs/fastdraft_code_mixes --set scale=small
 
 What it takes: 1.9 hours on eight H100, by `jaxdraft plan fastdraft_code_mixes --hardware 8xH100`: 0.11 for each 5 B
 tokens, 77 B in all, 0.22 to evaluate; storage 201 GB, 60 of them text and code, 125 their samples.

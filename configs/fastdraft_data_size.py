@@ -1,7 +1,7 @@
 """How much text to pretrain on, for two sizes of draft: Tables 1, 7 and Figure 1 of FastDraft (arXiv 2411.11055, 5.2).
 
-    jaxdraft run fastdraft_data_size --workdir runs/data-size
-    jaxdraft run fastdraft_data_size --workdir runs/data-size-small --set scale=small
+    jaxdraft run fastdraft_data_size --workdir runs/fastdraft_data_size-full
+    jaxdraft run fastdraft_data_size --workdir runs/fastdraft_data_size --set scale=small
 
 What it takes: 1.8 hours on eight H100, by `jaxdraft plan fastdraft_data_size --hardware 8xH100`: 0.22 and 0.68 to
 pretrain on all 10 B, less on their parts, 0.1 to evaluate; storage 122 GB, 50 of them text. No answers are written.

@@ -1,7 +1,7 @@
 """FastDraft (Zafrir et al. 2024, arXiv 2411.11055), whole: a 150M draft for Llama-3.1-8B. Tables 4 and 14.
 
-    jaxdraft run fastdraft_llama31_150m --workdir runs/llama31-150m
-    jaxdraft run fastdraft_llama31_150m --workdir runs/llama31-small --set scale=small
+    jaxdraft run fastdraft_llama31_150m --workdir runs/fastdraft_llama31_150m-full
+    jaxdraft run fastdraft_llama31_150m --workdir runs/fastdraft_llama31_150m --set scale=small
 
 What it takes: 12 hours on eight H100, by `jaxdraft plan fastdraft_llama31_150m --hardware 8xH100`: 0.51 for Magpie's
 instructions and 11 for the answers at most, 0.27 to pretrain, 0.4 to go on, 0.036 to fine-tune, 0.14 to evaluate;

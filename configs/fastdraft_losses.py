@@ -1,7 +1,7 @@
 """Cross-entropy on the target's text, or its distribution as well: Table 3 of FastDraft (arXiv 2411.11055, 5.5).
 
-    jaxdraft run fastdraft_losses --workdir runs/losses
-    jaxdraft run fastdraft_losses --workdir runs/losses-small --set scale=small
+    jaxdraft run fastdraft_losses --workdir runs/fastdraft_losses-full
+    jaxdraft run fastdraft_losses --workdir runs/fastdraft_losses --set scale=small
 
 What it takes: 1.5 hours on eight H100, by `jaxdraft plan fastdraft_losses --hardware 8xH100`: 1.3 for the answers at
 most, 0.11 to pretrain, under 0.01 for each of five fine-tunings, 0.09 to evaluate; storage 77 GB, 43 of them logits.

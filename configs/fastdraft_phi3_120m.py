@@ -1,7 +1,7 @@
 """FastDraft (Zafrir et al. 2024, arXiv 2411.11055): its larger draft for Phi-3-mini, 120M. A part of Table 7, Figure 1.
 
-    jaxdraft run fastdraft_phi3_120m --workdir runs/phi3-120m
-    jaxdraft run fastdraft_phi3_120m --workdir runs/phi3-120m-small --set scale=small
+    jaxdraft run fastdraft_phi3_120m --workdir runs/fastdraft_phi3_120m-full
+    jaxdraft run fastdraft_phi3_120m --workdir runs/fastdraft_phi3_120m --set scale=small
 
 What it takes: 12 hours on eight H100, by `jaxdraft plan fastdraft_phi3_120m --hardware 8xH100`: 11 for instructions
 and answers at most, 0.34 to pretrain, 0.51 to go on, 0.046 to fine-tune, 0.08 to evaluate; storage 106 GB. With

@@ -1,7 +1,7 @@
 """FastDraft (Zafrir et al. 2024, arXiv 2411.11055), whole: a 50M draft for Phi-3-mini. Its stages: Tables 4 and 14.
 
-    jaxdraft run fastdraft_phi3_50m --workdir runs/phi3-50m
-    jaxdraft run fastdraft_phi3_50m --workdir runs/stages-small --set scale=small
+    jaxdraft run fastdraft_phi3_50m --workdir runs/fastdraft_phi3_50m-full
+    jaxdraft run fastdraft_phi3_50m --workdir runs/fastdraft_phi3_50m --set scale=small
 
 What it takes: 11 hours on eight H100, by `jaxdraft plan fastdraft_phi3_50m --hardware 8xH100`: 0.44 for Magpie's
 instructions and 10 for the answers at most, 0.11 to pretrain, 0.17 to go on, 0.015 to fine-tune, 0.07 to evaluate.

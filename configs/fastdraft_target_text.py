@@ -1,7 +1,7 @@
 """Fine-tuning on the target's own answers or on the data set's: Table 2 of FastDraft (arXiv 2411.11055, 5.4).
 
-    jaxdraft run fastdraft_target_text --workdir runs/target-text
-    jaxdraft run fastdraft_target_text --workdir runs/target-text-small --set scale=small
+    jaxdraft run fastdraft_target_text --workdir runs/fastdraft_target_text-full
+    jaxdraft run fastdraft_target_text --workdir runs/fastdraft_target_text --set scale=small
 
 What it takes: 1.4 hours on eight H100, by `jaxdraft plan fastdraft_target_text --hardware 8xH100`: 1.3 for the answers
 at most, 0.11 to pretrain, under 0.01 for each fine-tuning, 0.05 to evaluate; storage 32 GB.

@@ -1,6 +1,6 @@
 """Every loss on one pretrained draft of a target that somebody else trained, three seeds, dense and stored targets.
 
-    jaxdraft run loss_comparison --workdir runs/losses \\
+    jaxdraft run loss_comparison --workdir runs/loss_comparison \\
         --set target.path=FOLDER_OF_THE_TARGET --set text.path=TEXT.txt
 
 Pretrains a draft on the text, lets the target write from held-out passages at temperatures 0 and 1, distils the same

@@ -1,7 +1,7 @@
 """A draft off its domain, and what helps: open question 4 of Direct Alignment (arXiv 2403.00858), many languages.
 
-    jaxdraft run sweep_domains --workdir runs/domains
-    jaxdraft run sweep_domains --workdir runs/domains --set target.path=FOLDER
+    jaxdraft run sweep_domains --workdir runs/sweep_domains
+    jaxdraft run sweep_domains --workdir runs/domains-own --set target.path=FOLDER
 
 A draft distilled on answers about Python, beside the one it was pretrained from, is measured in domain ("open",
 "summary", "code", "text") and out of it: instructions to translate from German, French, Spanish and Italian, of which

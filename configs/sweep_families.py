@@ -1,7 +1,7 @@
 """Drafts of four families' shapes, with equally many parameters, for one target: open question 2 of Direct Alignment.
 
-    jaxdraft run sweep_families --workdir runs/families
-    jaxdraft run sweep_families --workdir runs/families-characters --set hidden_size=48 \\
+    jaxdraft run sweep_families --workdir runs/sweep_families
+    jaxdraft run sweep_families --workdir runs/sweep_families_characters --set hidden_size=48 \\
         --set target.path=FOLDER/babyllama-tok361-hf --set text=TEXT.txt
 
 It asks whether the framework (arXiv 2403.00858) carries over from Llama 2 to other families, and whether a draft should

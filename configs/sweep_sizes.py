@@ -1,7 +1,7 @@
 """Drafts from 1 to 20 % of the target: which size is fastest? Open question 3 of Direct Alignment (arXiv 2403.00858).
 
-    jaxdraft run sweep_sizes --workdir runs/sizes
-    jaxdraft run sweep_sizes --workdir runs/sizes --set target.path=FOLDER --set text=TEXT.txt
+    jaxdraft run sweep_sizes --workdir runs/sweep_sizes
+    jaxdraft run sweep_sizes --workdir runs/sizes-own --set target.path=FOLDER --set text=TEXT.txt
 
 A larger draft agrees with its target more often, so block efficiency τ grows with c, the draft's share of the target's
 parameters; each of its γ runs in a block takes longer as well. If time goes by parameters the speed-up is MBSU,

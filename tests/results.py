@@ -8,10 +8,10 @@ A run's folder bears the name of its place, which is its recipe's. What stands b
 ``<!-- /NAME -->`` is replaced, what people wrote around it is kept.
 """
 
+import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,12 +111,14 @@ BLOCK_SIZE = 3
 TITLES = ("Direct Alignment, ", "FastDraft, "), "Speed-up over the size", "Seeds pooled: "  # the first that there are
 
 
-def claims(folder: Path) -> str:
-    """Each claim of which its run is there, at γ 3, with the interval of the change over prompts and seeds."""
+def claims(folder: Path, before: str) -> str:
+    """Each claim at γ 3, with the interval of the change over prompts and seeds; without its run as it was before."""
     lines = ["| what against what | task | paper | here, 95 % interval |", "|---|---|---|---|"]
+    known = {line.split(" | ")[0]: line for line in before.splitlines()}
     pairs: dict[str, tuple[RunDirectory, Pairs]] = {}
     for claim in CLAIMS:
         if not (folder / claim.run / "report").is_dir():
+            lines += filter(None, [known.get(f"| {claim.words}")])
             continue
         if claim.run not in pairs:
             run = read_run(folder / claim.run)
@@ -142,6 +144,10 @@ def _change(claim: Claim, run: RunDirectory, answers: Pairs, task: str, temperat
 
 def section(run: Path) -> str:
     """Tables and notes of what the run reproduces or sweeps, with the command, the seeds and the time it took."""
+    if not (run / "run.json").is_file():
+        raise SystemExit(
+            f"{run} is no run directory: give folders that `jaxdraft run` wrote, such as runs/fastdraft_losses"
+        )
     stages = [json.loads(file.read_text("utf-8")) for file in run.glob("*/stage.json")]
     record = json.loads((run / "run.json").read_text("utf-8"))
     unfinished = [stage["name"] for stage in stages if stage["status"] != "done"]
@@ -149,7 +155,7 @@ def section(run: Path) -> str:
         raise SystemExit(f"{run}: {', '.join(unfinished)} not done: run its recipe again")
     minutes = sum(stage["seconds"] for stage in stages) / 60
     seeds = sorted({stage["settings"]["seed"] for stage in stages if stage["kind"] == "Train"})
-    settings = " ".join(re.sub(r"[^=]*/", "", word) for word in record["command"][1:])
+    settings = " ".join(re.sub(r"[^=]*/", "FOLDER/" if "=" in word else "", word) for word in record["command"][1:])
     settings = settings.replace(f"--workdir {run.name}", f"--workdir runs/{run.name}")
     packages = f"Python {record['python']}, jax {record['packages']['jax']}"
     head = f"`jaxdraft {settings}`: {minutes:.0f} minutes ({packages}), seeds {', '.join(map(str, seeds))}."
@@ -166,24 +172,32 @@ def _exhibit(part: str) -> str:
     return "\n\n".join([f"#### {title}", *filter(None, kept)])
 
 
-def main(runs: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="finished runs, each named after its place in RESULTS.md")
+    runs: list[Path] = parser.parse_args().runs
     text = RESULTS.read_text("utf-8")
-    for run in map(Path, runs):
+    for run in runs:
         text = _put(text, run.name, section(run))
-    if runs:
-        found = claims(Path(runs[0]).parent)
-        text = _put(text, "claims", found)
-        README.write_text(_put(README.read_text("utf-8"), "claims", found), "utf-8")
-    RESULTS.write_text(text, "utf-8")
+    found = claims(runs[0].parent, _place(text, "claims")[1])
+    README.write_text(_put(README.read_text("utf-8"), "claims", found), "utf-8")
+    RESULTS.write_text(_put(text, "claims", found), "utf-8")
+
+
+def _place(text: str, name: str) -> tuple[str, str, str]:
+    """What is before a place, in it, and behind it."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin not in text:
+        raise SystemExit(f"there is no place for {name}: name the run's folder as its recipe, or write {begin}{end}")
+    before, _, rest = text.partition(begin)
+    content, _, behind = rest.partition(end)
+    return before + begin, content, end + behind
 
 
 def _put(text: str, name: str, content: str) -> str:
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if begin not in text:
-        raise SystemExit(f"there is no place for {name}: write {begin} and {end}")
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
+    before, _, behind = _place(text, name)
+    return f"{before}{content}\n{behind}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
