@@ -13,7 +13,7 @@ from jaxdraft.evaluate.comparison import group_by_seed
 from jaxdraft.evaluate.paper_figures import paper_pictures
 from jaxdraft.evaluate.papers import SHAPE, Column, papers
 from jaxdraft.evaluate.report import write_report
-from jaxdraft.evaluate.reproduction import reproductions, result_tables
+from jaxdraft.evaluate.reproduction import heading, reproductions, result_tables
 from jaxdraft.evaluate.set_up import agreements, differences
 
 EXHIBITS = [(paper, name) for paper in papers() for name in papers()[paper].exhibits]
@@ -188,6 +188,20 @@ def test_the_text_of_perplexity_is_told(tmp_path: Path) -> None:
     page = write_report(tmp_path)
     assert ">12.34<" in page.read_text()
     assert "12.34" in (page.parent / "perplexity.csv").read_text()
+
+
+def test_a_text_that_stands_for_the_paper_s_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path, "fastdraft", "Table 1")
+
+    def named() -> str:
+        (reproduced,) = reproductions(read_run(tmp_path), [])
+        (told,) = (heading(reproduced, column) for column in reproduced.columns if column.metric == "perplexity")
+        return told.detail
+
+    assert named() == "WikiText-2"
+    for file in tmp_path.glob("evaluate/*/results.json"):
+        file.write_text(file.read_text().replace("wikitext-2", "grimm"))
+    assert named() == "grimm for WikiText-2"
 
 
 def test_perplexity_is_pooled_over_seeds_on_the_same_text(tmp_path: Path) -> None:
