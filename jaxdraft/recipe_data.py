@@ -39,6 +39,10 @@ class TrainTokenizer(Stage):
     uses_tokenizer: ClassVar[bool] = False
 
 
+# What a Prepare stage reads of its sources, by its labels.
+_READ = {None: "documents", "assistant": "conversations", "all": "conversations", "references": "prompts"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare(Stage):
     """Text -> packed rows of fixed length: tokenise, append EOS, concatenate, cut (Direct Alignment, A.4).
@@ -53,11 +57,10 @@ class Prepare(Stage):
       length: tokens per row.
       tokens: how many the rows hold, ``5e9`` for FastDraft's 5 BT: ``tokens // length`` rows of the first documents.
         ``None`` takes all text.
-      labels: ``None`` packs documents. Else the sources' ``conversations()`` are packed, in the words of the target's
-        chat template and each whole in a row: FastDraft's arm of original answers, and ordinary fine-tuning.
-        ``"assistant"`` has the assistant's turns as labels, ``"all"`` every token. ``"references"`` packs the sources'
-        ``prompts()``, each whole with its reference and EOS behind it, which are the labels: the same for a target
-        without a chat template.
+      labels: ``None`` packs documents. ``"assistant"`` and ``"all"`` pack the sources' ``conversations()``, in the
+        words of the target's chat template and each whole in a row, with the assistant's turns or every token as
+        labels: FastDraft's arm of original answers, and ordinary fine-tuning. ``"references"`` is that arm without a
+        chat template: the sources' ``prompts()``, each in a row with its reference and EOS behind it, the labels.
       segments: documents of a row are kept apart: attention does not see the one before, positions begin anew, and no
         document's first token is a label, as it is when the draft will be used. ``False`` is plain concatenation: a row
         is one text, whose positions run over the document ends in it, and a document is predicted from what happens to
@@ -77,16 +80,19 @@ class Prepare(Stage):
     def __post_init__(self):
         if self.length < 2:
             raise ConfigError(f"{self.name}: length is {self.length}: a row needs at least 2 tokens")
+        if self.labels not in list(_READ):
+            raise ConfigError(
+                f"{self.name}: labels is {self.labels!r}: it must be one of {', '.join(map(repr, _READ))}"
+            )
         if self.labels is not None and not self.segments:
             raise ConfigError(f"{self.name}: segments is False: with labels={self.labels!r} examples are kept apart")
-        wanted, remedy = {
-            None: ("documents", "give labels"),
-            "references": ("prompts", "leave labels out"),
-        }.get(self.labels, ("conversations", "leave labels out"))
         for source in self.sources:
-            if not callable(getattr(source, wanted, None)):
+            fitting = [labels for labels, method in _READ.items() if callable(getattr(source, method, None))]
+            if self.labels not in fitting:
+                remedies = ["leave labels out" if labels is None else f"labels={labels!r}" for labels in fitting]
                 raise ConfigError(
-                    f"{self.name}: {type(source).__name__} has no {wanted}(): {remedy}, or another source"
+                    f"{self.name}: {type(source).__name__} has no {_READ[self.labels]}(): "
+                    f"{' or '.join([*remedies, 'another source'])}"
                 )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"{self.name}: workers is {self.workers}: it must be at least 1")

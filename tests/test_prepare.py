@@ -473,29 +473,54 @@ ASKED = [
     {"id": "merged", "prompt": "tell me the sto", "reference": "ry of a long walk " * 3},
     {"id": "none", "prompt": "Name a colour:"},
     {"id": "two", "prompt": "### Input:\ndef f(x):\n", "reference": "    return x + 1\n"},
+    {"id": "cut", "prompt": "Count:", "reference": " one two three four five" * 20},
+    {"id": "long", "prompt": "one two three four five " * 20, "reference": "six"},
 ]
 
 
 def test_prompts_with_references_are_rows_of_their_answers(folder, small_units):
-    stage = Prepare("corpus", sources=(PromptList(ASKED),), length=LENGTH, labels="references")
+    many = [{**row, "id": f"{row['id']}-{i}"} for i in range(20) for row in ASKED]
+    rejected_last = [{"id": f"last-{i}", "prompt": "Name one more:"} for i in range(9)]
+    stage = Prepare("corpus", sources=(PromptList([*many, *rejected_last]),), length=LENGTH, labels="references")
     rows = prepared(folder, stage)
     tokenizer = load_tokenizer(folder / "run" / "tokenizer")
-    expected = []
+    expected, merged = [], []
     for row in ASKED:
-        if "reference" in row:
+        if "reference" in row and row["id"] != "long":
             asked, whole = tokenizer.encode(row["prompt"]), tokenizer.encode(row["prompt"] + row["reference"])
-            known = len(asked) - (whole[: len(asked)] != asked)  # of "sto|ry" the last token may be another
+            if whole[: len(asked)] != asked:
+                merged.append(row["id"])
+            known = len(asked) - (whole[: len(asked)] != asked)
             assert whole[:known] == asked[:known]
-            expected.append(([*whole, tokenizer.eos_id], [0] * known + [1] * (len(whole) - known + 1)))
-    assert sorted(segments(rows)) == sorted(expected)
-    assert rows.manifest["quarantined"] == {"no reference": 1}
+            tokens, mask = [*whole, tokenizer.eos_id], [0] * known + [1] * (len(whole) - known + 1)
+            expected.append((tokens[:LENGTH], mask[:LENGTH]))
+    assert merged == ["merged"]
+    assert sorted(segments(rows)) == sorted(20 * expected)
+    assert rows.manifest["quarantined"] == {"no reference": 29, f"it fills a row of {LENGTH} tokens": 20}
+    assert rows.manifest["counts"]["cut_answers"] == 20
+    assert len(rows.manifest["shards"]) > 1
+
+
+def test_a_prompt_whose_tokens_are_not_its_texts_has_no_known_answer(shared_data):
+    """Its answer would begin at a token that stands elsewhere in what is encoded."""
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "llama2")
+    ids = tokenizer.encode("Name a fruit:")
+    asked = [{"tokens": ids, "reference": " pear"}, {"tokens": ids[1:], "reference": " pear"}]
+    form = chunks.References(tokenizer, LENGTH)
+    whole, without_bos = PromptList(asked).prompts(tokenizer)
+    part = form.encode([whole, without_bos])
+    (example,) = part.content
+    assert example["loss_mask"] == [0] * len(ids) + [1] * (len(example["tokens"]) - len(ids))
+    assert part.rejected == [Rejected("prompt 2", "its tokens are not those of its text")]
+    assert form.text(whole) != form.text(dataclasses.replace(without_bos, id=whole.id))
+    assert form.encode([]) == chunks.Part(0, [])
 
 
 def test_a_conversation_is_no_prompt_with_a_reference(shared_data):
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi3-mini")
     asked = PromptList([{"messages": [{"role": "user", "content": "Hello"}], "reference": "Hi"}])
     (found,) = chunks.References(tokenizer, LENGTH).read(asked)
-    assert found == Rejected("prompt 1", 'a conversation: labels="assistant" packs those')
+    assert found == Rejected("prompt 1", "a conversation: give its answer too, and labels='assistant'")
 
 
 def test_another_chat_template_makes_all_conversations_anew(shared_data, tmp_path, small_units):
@@ -540,12 +565,14 @@ def test_units_of_another_chat_template_are_made_anew(shared_data, tmp_path):
 
 
 def test_conversations_are_asked_for_where_there_are_some():
-    with pytest.raises(ConfigError, match=r"corpus: Text has no conversations\(\): leave labels out"):
+    with pytest.raises(ConfigError, match=r"corpus: Text has no conversations\(\): leave labels out or another"):
         corpus("text.jsonl", labels="assistant")
-    with pytest.raises(ConfigError, match=r"corpus: Dialogues has no documents\(\): give labels"):
+    with pytest.raises(ConfigError, match=r"corpus: Dialogues has no documents\(\): labels='assistant' or"):
         Prepare("corpus", sources=(Dialogues(),), length=LENGTH)
-    with pytest.raises(ConfigError, match=r"corpus: Dialogues has no prompts\(\): leave labels out"):
-        Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="references")
+    with pytest.raises(ConfigError, match=r"corpus: PromptList has no documents\(\): labels='references' or another"):
+        Prepare("corpus", sources=(PromptList(ASKED),), length=LENGTH)
+    with pytest.raises(ConfigError, match="labels is 'reference': it must be one of None, 'assistant', 'all', 'refe"):
+        Prepare("corpus", sources=(PromptList(ASKED),), length=LENGTH, labels="reference")
     with pytest.raises(ConfigError, match="segments is False"):
         Prepare("corpus", sources=(Dialogues(),), length=LENGTH, labels="all", segments=False)
 

@@ -33,11 +33,11 @@ UNIT_CHARACTERS = 1 << 27  # a unit is held in memory: of documents longer than 
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents or conversations.
+    """Consecutive documents, conversations or prompts.
 
     Attributes:
       unit: number of the unit that it is a part of.
-      items: the documents, or conversations.
+      items: these.
       counts: rows rejected before the last of them, by reason.
       rejected: those of these rows that are written down.
       sha256: of all this.
@@ -156,9 +156,10 @@ class Conversations:
 
 @dataclass(frozen=True)
 class References:
-    """The prompts of sources with their references as the answers, each whole in a row; answer and EOS are the labels.
+    """The prompts of sources with their references as the answers, each in a row; answer and EOS are the labels.
 
-    A token that reaches over the border between prompt and answer counts as the answer's.
+    A token that reaches over the border between prompt and answer counts as the answer's. What a row cannot hold of an
+    answer is left out.
     """
 
     tokenizer: Tokenizer
@@ -171,27 +172,38 @@ class References:
     def read(self, source: Any) -> Iterator[Prompt | Rejected]:
         for prompt in source.prompts(self.tokenizer):
             if isinstance(prompt, Prompt) and prompt.messages is not None:
-                yield Rejected(f"prompt {prompt.id}", 'a conversation: labels="assistant" packs those')
+                yield Rejected(f"prompt {prompt.id}", "a conversation: give its answer too, and labels='assistant'")
             elif isinstance(prompt, Prompt) and not prompt.reference:
                 yield Rejected(f"prompt {prompt.id}", "no reference")
             else:
                 yield prompt
 
     def text(self, item: Prompt) -> str:
-        return json.dumps([item.id, item.text, item.reference])
+        return json.dumps([item.id, item.tokens, item.text, item.reference])
 
     def encode(self, items: Sequence[Prompt]) -> Part:
+        if not items:
+            return Part(0, [])
         answered = encode([f"{prompt.text}{prompt.reference}" for prompt in items], self.tokenizer)
         ends = np.cumsum(answered.lengths)[:-1]
-        examples = []
+        examples, rejected = [], []
         for prompt, ids in zip(items, np.split(answered.tokens, ends), strict=True):
-            tokens = ids.tolist()
-            asked = common_prefix(prompt.tokens, tokens)
-            examples.append({"tokens": tokens, "loss_mask": [0] * asked + [1] * (len(tokens) - asked)})
-        return Part(len(answered.tokens), examples)
+            tokens, known = ids.tolist(), common_prefix(prompt.tokens, ids.tolist())
+            if known < len(prompt.tokens) and tuple(self.tokenizer.encode(prompt.text)) != prompt.tokens:
+                rejected.append(Rejected(f"prompt {prompt.id}", "its tokens are not those of its text"))
+            elif known >= self.length:
+                rejected.append(Rejected(f"prompt {prompt.id}", f"it fills a row of {self.length} tokens"))
+            else:
+                examples.append({"tokens": tokens, "loss_mask": [0] * known + [1] * (len(tokens) - known)})
+        return Part(sum(len(example["tokens"]) for example in examples), examples, rejected)
 
     def pack(self, parts: Iterable[Part], counts: Counter[str], rows: int) -> Iterator[Block]:
-        return _pack_examples(parts, self.length, counts, rows)
+        def fitting(part: Part) -> Part:
+            cut = [{name: values[: self.length] for name, values in example.items()} for example in part.content]
+            counts["cut_answers"] += sum(len(example["tokens"]) > self.length for example in part.content)
+            return part._replace(content=cut)
+
+        return _pack_examples(map(fitting, parts), self.length, counts, rows)
 
 
 def _pack_examples(parts: Iterable[Part], length: int, counts: Counter[str], rows: int) -> Iterator[Block]:

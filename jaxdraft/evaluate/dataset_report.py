@@ -33,7 +33,8 @@ def text_table(stages: Sequence[Stage]) -> Table:
     rows = []
     for stage in text_stages(stages):
         manifest, counts = stage.manifest, stage.manifest["counts"]
-        documents, tokens, dropped = (counts.get(key) for key in ("documents", "tokens", "dropped_tokens"))
+        documents = counts.get("documents", counts.get("examples"))
+        tokens, dropped = counts.get("tokens"), counts.get("dropped_tokens")
         set_aside = sum(manifest.get("quarantined", {}).values())
         amounts = _amounts(documents, tokens, manifest["rows"], manifest["length"], dropped, set_aside)
         rows.append([Cell(stage.name), *amounts])
@@ -125,7 +126,7 @@ def _left_out(stage: Stage) -> Iterator[tuple[str, Mapping[str, int]]]:
         yield "prompt skipped", stage.account["prompts"]["skipped"]
         yield "answer failed", stage.account["answers"]["errors"]
     elif stage.kind == "Prepare":
-        yield "document set aside", stage.manifest.get("quarantined", {})
+        yield "text set aside", stage.manifest.get("quarantined", {})
 
 
 def length_pictures(stages: Sequence[Stage]) -> list[Picture]:

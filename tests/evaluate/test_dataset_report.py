@@ -126,8 +126,8 @@ def test_text_is_counted_and_its_sources_named(made_run):
         ["corpus", "1,234", "30", "3", "8", "6", "5"],
         ["corpus", "HubFiles repository owner/name", "abc123", "ODC-BY-1.0"],
         ["corpus", "TextFile path a.txt", "–", "public domain"],
-        ["corpus", "document set aside", "no field 'text'", "4"],
-        ["corpus", "document set aside", "not UTF-8", "1"],
+        ["corpus", "text set aside", "no field 'text'", "4"],
+        ["corpus", "text set aside", "not UTF-8", "1"],
     ]
     (first,) = table(made_run, "text")
     assert (first["stage"], first["documents"], first["labels"]) == ("corpus", "1234", "24")
