@@ -78,8 +78,8 @@ def _by_block_size(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, 
 def size_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """``size_rows`` by task, the fastest draft of each marked."""
     columns = {
-        Cell("Block efficiency", "at the γ of MBSU"): "block_efficiency",
-        Cell("MBSU"): "mbsu",
+        Cell("Block efficiency", "lowest – highest seed, at the γ of MBSU"): "block_efficiency",
+        Cell("MBSU", "lowest – highest seed"): "mbsu",
         Cell("Speed-up", "measured"): "measured_speedup",
         Cell("Speed-up", "predicted"): "predicted_speedup",
     }
@@ -102,7 +102,7 @@ def _at_best(row: Mapping[str, Any], metric: str, best: float | None) -> Cell:
         return Cell("–")
     low, high = row[f"{metric}_range"]
     block_size = row.get(f"{metric}_block_size")
-    of_seeds = f"{number(low)} – {number(high)}"
+    of_seeds = f"{number(low)} – {number(high)}" if row["seeds"] > 1 else ""
     return Cell(number(row[metric]), of_seeds, row[metric] == best, f"γ = {block_size}" if block_size else "")
 
 
