@@ -12,12 +12,7 @@ Encoders and encoder-decoders (BERT, T5) do not write token by token as targets 
 
 Each is pretrained, distilled with TVD++ from stored targets and measured, ``seeds`` times. The second
 command does it for a target that reads characters, of 361 tokens: there a token says less, and more are accepted.
-``report/comparison.csv`` is the table: seeds pooled.
-
-On the small target, in eleven minutes on one core, two seeds, greedy, γ 3: no family differs from Llama's shape by more
-than chance. Changes of block efficiency on open, summary and code, 95 % intervals: Phi-3 -2 % (-7 to 5), +4 % (-5 to
-16), +2 % (-2 to 6); Mistral 0 % (-7 to 9), +1 % (-7 to 8), 0 % (-4 to 5); Qwen2 -5 % (-9 to 1), -3 % (-9 to 2), -1 %
-(-8 to 4). The second command has not been run to its end.
+``report/comparison.csv`` is the table: seeds pooled. What both said stands in ``configs/RESULTS.md``.
 """
 
 from typing import Any
