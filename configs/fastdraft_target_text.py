@@ -9,7 +9,8 @@ at most, 0.11 to pretrain, under 0.01 for each fine-tuning, 0.05 to evaluate; st
 The draft pretrained on 5 B tokens, fine-tuned with cross-entropy on OIG-small-chip2 as it is, and on what the target
 answers to its questions at T 0.6; as many updates of both. The paper's numbers, acceptance at γ 3, greedy, for none,
 original and target: CNN/DailyMail 0.350, 0.357, 0.378; TinyStories 0.295, 0.282, 0.296; Dolly 0.259, 0.328, 0.370. What
-differs is what `fastdraft_phi3_50m` says; small, "original" is what Python's authors wrote at the same places.
+differs is what `fastdraft_phi3_50m` says; small, "original" is what Python's authors wrote at the same places, as much
+of it as a row holds.
 """
 
 import _fastdraft as fd

@@ -1,14 +1,17 @@
 """Drafts from 1 to 20 % of the target: which size is fastest? Open question 3 of Direct Alignment (arXiv 2403.00858).
 
     jaxdraft run sweep_sizes --workdir runs/sweep_sizes
-    jaxdraft run sweep_sizes --workdir runs/sizes-own --set target.path=FOLDER --set text=TEXT.txt
+    jaxdraft run sweep_sizes --workdir runs/sweep_sizes_babyllama --set pretrain_steps=1500 --set distil_steps=400 \\
+        --set target.path=FOLDER/babyllama-tok361-hf --set text=TEXT.txt
 
 A larger draft agrees with its target more often, so block efficiency τ grows with c, the draft's share of the target's
 parameters; each of its γ runs in a block takes longer as well. If time goes by parameters the speed-up is MBSU,
 τ / (c γ + 1); on a machine it is τ over the latencies that are measured there (FastDraft, arXiv 2411.11055, Eq. 2), of
 which even the smallest draft has one. All sizes are pretrained and distilled alike (TVD++, stored targets), ``seeds``
-times, and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up
-at each draft's best γ, and the report a figure of them with the optimum. Run it with nothing else on the machine.
+times, and measured at batch 1. ``report/sizes.csv`` has c, τ, MBSU, measured and predicted speed-up at each draft's
+best γ, and the report a table and a figure of them with the optimum. Run it with nothing else on the machine. The
+second command does it for a target of a million parameters that somebody else trained; the sizes are then 3 to 50 % of
+it. What both said stands in ``configs/RESULTS.md``.
 """
 
 import _python as small
