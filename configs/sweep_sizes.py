@@ -58,7 +58,7 @@ def recipe(
                 drafts=tuple(draft.name for draft in drafts if draft.init != "random"),
                 tasks=ground.tasks[::2],  # "open" and "code"
                 block_sizes=(1, 3, 5),
-                repeats=1,
+                repeats=3,
             ),
         ),
     )
