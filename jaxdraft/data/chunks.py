@@ -188,7 +188,8 @@ class References:
         ends = np.cumsum(answered.lengths)[:-1]
         examples, rejected = [], []
         for prompt, ids in zip(items, np.split(answered.tokens, ends), strict=True):
-            tokens, known = ids.tolist(), common_prefix(prompt.tokens, ids.tolist())
+            tokens = ids.tolist()
+            known = common_prefix(prompt.tokens, tokens)
             if known < len(prompt.tokens) and tuple(self.tokenizer.encode(prompt.text)) != prompt.tokens:
                 rejected.append(Rejected(f"prompt {prompt.id}", "its tokens are not those of its text"))
             elif known >= self.length:

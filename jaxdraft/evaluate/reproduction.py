@@ -92,8 +92,11 @@ class Reproduced:
         return row.values[self.declared.published.columns.index(column)]
 
     def task_name(self, column: Column) -> str:
-        """What is measured in a column: the paper's task, or what stands for it."""
+        """What is measured in a column: the paper's task, or text, or what stands for it."""
         theirs = TASKS[str(column.task)]
+        if column.metric == "perplexity":
+            ours = next(known["text"] for known in self.run.perplexity.values())
+            return theirs if ours.startswith(str(column.task)) else f"{ours} for {theirs}"
         results = [cell["result"] for (_, other), cell in self.cells.items() if other == column]
         ours = listed(row["task"] for row in results)
         return theirs if ours.split(",")[0] == column.task else f"{ours} for {theirs}"
@@ -225,12 +228,8 @@ def _table(found: Reproduced, columns: Sequence[Column]) -> Table:
 
 def heading(found: Reproduced, column: Column) -> Cell:
     """What a column of the exhibit says: the metric, or the task and how it is decoded."""
-    if column.metric == "perplexity":
-        theirs, ours = TASKS[str(column.task)], [known["text"] for known in found.run.perplexity.values()][:1]
-        stands_in = ours and not ours[0].startswith(str(column.task))
-        return Cell(METRICS[column.metric].name, f"{ours[0]} for {theirs}" if stands_in else theirs)
     if column.block_size is None:
-        return Cell(METRICS[column.metric].name)
+        return Cell(METRICS[column.metric].name, found.task_name(column) if column.task else "")
     how = decoding({"temperature": column.temperature})
     return Cell(found.task_name(column), f"γ = {column.block_size}, {how}")
 

@@ -46,8 +46,7 @@ def size_rows(run: RunDirectory) -> list[dict[str, Any]]:
             row |= _best("mbsu", mine, "mbsu") | _best("measured_speedup", mine, "token_rate_ratio")
             row |= _best("predicted_speedup", predicted, "predicted_speedup")
             if "mbsu" in row:
-                taus = _by_block_size(mine, "block_efficiency")[row["mbsu_block_size"]]
-                row |= {"block_efficiency": statistics.fmean(taus), "block_efficiency_range": [min(taus), max(taus)]}
+                row |= _pooled("block_efficiency", _by_block_size(mine, "block_efficiency")[row["mbsu_block_size"]])
             rows.append(row)
     return rows
 
@@ -61,9 +60,11 @@ def _best(name: str, rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str
     if not values:
         return {}
     block_size = max(values, key=lambda size: statistics.fmean(values[size]))
-    of_seeds = values[block_size]
-    ends = [min(of_seeds), max(of_seeds)]
-    return {name: statistics.fmean(of_seeds), f"{name}_range": ends, f"{name}_block_size": block_size}
+    return {**_pooled(name, values[block_size]), f"{name}_block_size": block_size}
+
+
+def _pooled(name: str, of_seeds: Sequence[float]) -> dict[str, Any]:
+    return {name: statistics.fmean(of_seeds), f"{name}_range": [min(of_seeds), max(of_seeds)]}
 
 
 def _by_block_size(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, list[float]]:
